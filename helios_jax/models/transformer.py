@@ -1,0 +1,586 @@
+"""The Helios video transformer (diffusers ``HeliosTransformer3DModel``).
+
+The sequence of one chunk is ``[long | mid | short | current]``: 16 + 2 + 2 frames of history, compacted by patch
+convolutions of growing size, and the 9 noisy frames. History tokens carry the modulation of timestep 0, current
+tokens that of their own timestep; so modulation is two vectors per sample and never a tensor per token.
+
+Parameters are one plain dict (see ``helios_jax.models`` for the naming). The blocks are stacked along a leading layer
+axis; :meth:`HeliosTransformer.apply` owns the only loop over layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from helios_jax.config import TransformerConfig
+from helios_jax.models.layers import Linear, layer_norm
+from helios_jax.models.rope import FrameIndices, rotary_tables
+from kernels.attention import compacted_attention, cross_attention
+from kernels.attention.api import rms_norm_heads
+
+Array = jax.Array
+Dtype = Any
+Params = Mapping[str, Any]
+
+# Parameters that stay in float32 when the model computes in a half type (the original's _keep_in_fp32_modules).
+FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")
+# log(0) for an attention bias: finite, so that gradients stay finite.
+MASKED = -1e30
+
+_condition_init = nn.initializers.normal(0.02)
+
+
+class History(NamedTuple):
+    """History latents at full resolution, whatever the resolution of the current frames.
+
+    short: [B, 2, H', W', 16], the anchor frame then the newest frame; mid: [B, 2, H', W', 16];
+    long: [B, 16, H', W', 16]. The frame counts follow ``history_sizes``.
+    """
+
+    short: Array
+    mid: Array
+    long: Array
+
+
+class TextContext(NamedTuple):
+    """Cross-attention keys and values of a batch of prompts; they depend on neither the timestep nor the latents.
+
+    keys, values: [L, B, K, N, D] (normed keys); bias: [B, K] float32 added to the logits. Row K-1 stands for all
+    padded prompt rows, which are identical after the text projection: its bias is log(512 - length).
+    """
+
+    keys: Array
+    values: Array
+    bias: Array
+
+
+class TextRows(NamedTuple):
+    """Projected prompt rows [B, K, C] and their bias [B, K]: keys and values are then made inside each block."""
+
+    rows: Array
+    bias: Array
+
+
+class PatchEmbedding(nn.Module):
+    """Convolution whose kernel equals its stride, as one matrix product. Source: the ``patch_*`` Conv3d layers."""
+
+    patch: tuple[int, int, int]
+    features: int
+    dtype: Dtype
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, h, w, C_in] -> [B, t, y, x, C]. Trailing frames, rows and columns that fill no patch are dropped."""
+        kt, kh, kw = self.patch
+        channels = x.shape[-1]
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1, 2, 3), out_axis=4)
+        axes = (None, None, None, None, "embed")
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), (kt, kh, kw, channels, self.features),
+                            self.param_dtype)
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (self.features,),
+                          self.param_dtype)
+        b, t, h, w = (size // k for size, k in zip(x.shape[:4], (1, kt, kh, kw), strict=True))
+        x = x[:, : t * kt, : h * kh, : w * kw].astype(self.dtype)
+        x = x.reshape(b, t, kt, h, kh, w, kw, channels).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+        x = x.reshape(b, t, h, w, kt * kh * kw * channels)  # one row per patch
+        y = x @ kernel.astype(self.dtype).reshape(-1, self.features)  # -> [B, t, y, x, C]
+        if self.has_variable("lora", "a"):
+            a, up = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            y = y + (x @ a.astype(self.dtype).reshape(-1, a.shape[-1])) @ up.astype(self.dtype)
+            if self.has_variable("lora", "bias"):
+                y = y + self.get_variable("lora", "bias").astype(self.dtype)
+        return y + bias.astype(self.dtype)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid (cosine first) and a two-layer SiLU network, all in float32."""
+
+    dim: int
+    freq_dim: int
+
+    @nn.compact
+    def __call__(self, timestep: Array) -> Array:
+        """timestep: [B] in 0...1000, fractional allowed. Returns [B, C] float32."""
+        half = self.freq_dim // 2
+        frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+        angles = timestep.astype(jnp.float32)[:, None] * frequencies  # [B] -> [B, half]
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # [B, freq_dim]
+        x = Linear(self.dim, kernel_init=_condition_init, kernel_axes=(None, "embed"), name="linear_1")(x)
+        return Linear(self.dim, kernel_init=_condition_init, kernel_axes=("embed", None), name="linear_2")(nn.silu(x))
+
+
+class TextProjection(nn.Module):
+    """Two-layer GELU network from the text encoder's width to the model's."""
+
+    dim: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, rows: Array) -> Array:
+        """[B, K, text_dim] -> [B, K, C]."""
+        x = Linear(self.dim, dtype=self.dtype, kernel_init=_condition_init, kernel_axes=(None, "embed"),
+                   name="linear_1")(rows)
+        return Linear(self.dim, dtype=self.dtype, kernel_init=_condition_init, kernel_axes=("embed", None),
+                      name="linear_2")(nn.gelu(x, approximate=True))
+
+
+class ConditionEmbedder(nn.Module):
+    """Source: diffusers ``HeliosTimeTextEmbedding``."""
+
+    config: TransformerConfig
+    dtype: Dtype
+
+    def setup(self):
+        dim = self.config.dim
+        self.time_embedder = TimestepEmbedder(dim, self.config.freq_dim)
+        self.time_proj = Linear(6 * dim, dtype=self.dtype, kernel_init=_condition_init, kernel_axes=("embed", "mlp"))
+        self.text_embedder = TextProjection(dim, self.dtype)
+
+    def time(self, timestep: Array) -> tuple[Array, Array]:
+        """timestep [B] -> (embedding [B, C], modulation [B, 6, C]), both in the model's dtype."""
+        embedding = self.time_embedder(timestep).astype(self.dtype)
+        modulation = self.time_proj(nn.silu(embedding))
+        return embedding, modulation.reshape(-1, 6, self.config.dim)  # [B, 6C] -> [B, 6, C]
+
+    def text(self, rows: Array) -> Array:
+        return self.text_embedder(rows)
+
+    def __call__(self, timestep: Array, rows: Array):
+        return self.time(timestep), self.text(rows)
+
+
+class Attention(nn.Module):
+    """Projections and q/k norms of one attention layer. Source: diffusers ``HeliosAttention``."""
+
+    config: TransformerConfig
+    dtype: Dtype
+    is_cross: bool
+    implementation: str | None = None
+
+    def setup(self):
+        dim = self.config.dim
+        into_heads = functools.partial(Linear, dim, dtype=self.dtype, kernel_axes=("embed", "heads"))
+        self.to_q, self.to_k, self.to_v = into_heads(), into_heads(), into_heads()
+        self.to_out_0 = Linear(dim, dtype=self.dtype, kernel_axes=("heads", "embed"))
+        self.norm_q, self.norm_k = NormWeight(dim), NormWeight(dim)
+        if self.config.is_amplify_history and not self.is_cross:
+            size = self.config.num_attention_heads if self.config.history_scale_mode == "per_head" else 1
+            self.history_key_scale = self.param("history_key_scale", nn.initializers.ones, (size,), jnp.float32)
+        if self.config.added_kv_proj_dim is not None and self.is_cross:
+            # The checkpoint may carry these projections; the forward pass never uses them.
+            added = functools.partial(Linear, dim, dtype=self.dtype, kernel_axes=(None, "heads"))
+            self.add_k_proj, self.add_v_proj, self.norm_added_k = added(), added(), NormWeight(dim)
+
+    def self_attention(self, x: Array, cos: Array, sin: Array, history_length: int) -> Array:
+        """x [B, S, C] -> [B, S, C]; cos, sin [S, D/2]."""
+        key_scale = None
+        if self.config.is_amplify_history:
+            key_scale = 1.0 + jax.nn.sigmoid(self.history_key_scale) * 9.0
+        out = compacted_attention(
+            self.to_q(x), self.to_k(x), self.to_v(x), norm_q=self.norm_q(), norm_k=self.norm_k(), cos=cos, sin=sin,
+            num_heads=self.config.num_attention_heads, eps=self.config.eps, history_length=history_length,
+            history_key_scale=key_scale, implementation=self.implementation)
+        return self.to_out_0(out)
+
+    def text_keys_values(self, rows: Array) -> tuple[Array, Array]:
+        """Projected prompt rows [B, K, C] -> normed keys and values, each [B, K, N, D]."""
+        heads = self.config.num_attention_heads
+        keys = rms_norm_heads(self.to_k(rows), self.norm_k(), self.config.eps, heads)
+        return keys, self.to_v(rows).reshape(keys.shape)
+
+    def cross(self, x: Array, keys: Array, values: Array, bias: Array) -> Array:
+        """x [B, S, C] attends to the prompt's keys and values [B, K, N, D]. Returns [B, S, C]."""
+        out = cross_attention(self.to_q(x), keys, values, bias, norm_q=self.norm_q(), eps=self.config.eps,
+                              num_heads=self.config.num_attention_heads, implementation=self.implementation)
+        return self.to_out_0(out)
+
+    def initialise(self, x: Array) -> None:
+        """Touches every parameter once, for ``init``."""
+        self.to_q(x), self.to_k(x), self.to_v(x), self.to_out_0(x), self.norm_q(), self.norm_k()
+        if self.config.added_kv_proj_dim is not None and self.is_cross:
+            added = jnp.zeros((1, 1, self.config.added_kv_proj_dim), self.dtype)
+            self.add_k_proj(added), self.add_v_proj(added), self.norm_added_k()
+
+
+class NormWeight(nn.Module):
+    """The weight of a norm whose arithmetic happens elsewhere."""
+
+    dim: int
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("weight", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (self.dim,),
+                          jnp.float32)
+
+
+class AffineNorm(nn.Module):
+    """LayerNorm with weight and bias in float32. Source: diffusers ``FP32LayerNorm``."""
+
+    dim: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("weight", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (self.dim,))
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (self.dim,))
+        return layer_norm(x, self.eps) * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+class FeedForward(nn.Module):
+    """GELU network. Parameters ``net_0/proj`` and ``net_2`` as in the checkpoint."""
+
+    hidden: int
+    dim: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = GeluProjection(self.hidden, self.dtype, name="net_0")(x)
+        return Linear(self.dim, dtype=self.dtype, kernel_axes=("mlp", "embed"), name="net_2")(x)
+
+
+class GeluProjection(nn.Module):
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Linear(self.features, dtype=self.dtype, kernel_axes=("embed", "mlp"), name="proj")(x)
+        return nn.gelu(x, approximate=True)
+
+
+class Segments(NamedTuple):
+    """Modulation vectors of the two token segments.
+
+    current: [B, 6, C] (or [B, 2, C] at the output); history: [1, 6, C], or None where all tokens share one timestep.
+    """
+
+    current: Array
+    history: Array | None
+
+
+class Block(nn.Module):
+    """One transformer block. Source: diffusers ``HeliosTransformerBlock``."""
+
+    config: TransformerConfig
+    dtype: Dtype
+    implementation: str | None = None
+
+    def setup(self):
+        config = self.config
+        self.attn1 = Attention(config, self.dtype, is_cross=False, implementation=self.implementation)
+        self.attn2 = Attention(config, self.dtype, is_cross=True, implementation=self.implementation)
+        if config.cross_attn_norm:
+            self.norm2 = AffineNorm(config.dim, config.eps)
+        self.ffn = FeedForward(config.ffn_dim, config.dim, self.dtype)
+        self.scale_shift_table = self.param(
+            "scale_shift_table", nn.with_logical_partitioning(nn.initializers.normal(config.dim**-0.5),
+                                                              (None, "embed")), (6, config.dim), jnp.float32)
+
+    def __call__(self, x: Array, modulation: Segments, text: TextContext | TextRows, cos: Array, sin: Array,
+                 history_length: int) -> Array:
+        """One block.
+
+        Args:
+          x: [B, S, C] in the model's dtype.
+          modulation: of the timestep, before this block's table is added.
+          text: this layer's keys and values [B, K, N, D], or the projected rows.
+          cos, sin: [S, D/2] float32.
+          history_length: number of history tokens at the front.
+        Returns: [B, S, C].
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._per_token(modulation, x.shape[1], history_length)
+
+        y = layer_norm(x, self.config.eps) * (1 + scale1) + shift1
+        y = self.attn1.self_attention(y.astype(self.dtype), cos, sin, history_length)
+        x = (x.astype(jnp.float32) + y * gate1).astype(self.dtype)
+
+        # With guidance_cross_attn only the current tokens read the prompt.
+        start = history_length if self.config.guidance_cross_attn else 0
+        queries = x[:, start:]
+        y = self.norm2(queries).astype(self.dtype) if self.config.cross_attn_norm else queries
+        if isinstance(text, TextRows):
+            keys, values = self.attn2.text_keys_values(text.rows)
+        else:
+            keys, values = text.keys, text.values
+        queries = queries + self.attn2.cross(y, keys, values, text.bias)
+        x = jnp.concatenate([x[:, :start], queries], axis=1) if start else queries
+
+        y = layer_norm(x, self.config.eps) * (1 + scale2) + shift2
+        y = self.ffn(y.astype(self.dtype))
+        return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate2).astype(self.dtype)
+
+    def _per_token(self, modulation: Segments, length: int, history_length: int) -> list[Array]:
+        """Six float32 vectors that broadcast over [B, S, C]; a select per token, which XLA fuses away."""
+        table = self.scale_shift_table.astype(jnp.float32)
+        current = table + modulation.current.astype(jnp.float32)  # [B, 6, C]
+        vectors = [current[:, i, None] for i in range(6)]  # [B, 6, C] -> six of [B, 1, C]
+        if modulation.history is None or history_length == 0:
+            return vectors
+        history = table + modulation.history.astype(jnp.float32)
+        is_history = (jnp.arange(length) < history_length)[None, :, None]  # [1, S, 1]
+        return [jnp.where(is_history, history[:, i, None], vectors[i]) for i in range(6)]
+
+    def text_keys_values(self, rows: Array) -> tuple[Array, Array]:
+        return self.attn2.text_keys_values(rows)
+
+    def initialise(self, x: Array) -> None:
+        self.attn1.initialise(x), self.attn2.initialise(x), self.ffn(x)
+        if self.config.cross_attn_norm:
+            self.norm2(x)
+
+
+class OutputTable(nn.Module):
+    dim: int
+
+    @nn.compact
+    def __call__(self) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.dim**-0.5), (None, "embed"))
+        return self.param("scale_shift_table", init, (2, self.dim), jnp.float32)
+
+
+class OutputHead(nn.Module):
+    """Modulated norm and projection of the current tokens. Source: diffusers ``HeliosOutputNorm``, ``proj_out``."""
+
+    config: TransformerConfig
+    dtype: Dtype
+
+    def setup(self):
+        self.norm_out = OutputTable(self.config.dim)
+        self.proj_out = Linear(4 * self.config.out_channels, dtype=self.dtype, kernel_init=nn.initializers.zeros,
+                               kernel_axes=("embed", None))
+
+    def __call__(self, x: Array, embedding: Array) -> Array:
+        """x: [B, S_current, C]; embedding: [B, C] of the timestep. Returns [B, S_current, 4 * C_out]."""
+        table = self.norm_out().astype(jnp.float32) + embedding.astype(jnp.float32)[:, None]  # [B, 2, C]
+        shift, scale = table[:, :1], table[:, 1:]
+        y = layer_norm(x, self.config.eps) * (1 + scale) + shift
+        return self.proj_out(y.astype(self.dtype))
+
+
+def unpatchify(x: Array, frames: int, rows: int, columns: int) -> Array:
+    """[B, T*y*x, 4*C] with the channel fastest -> latents [B, T, 2y, 2x, C]."""
+    b, channels = x.shape[0], x.shape[-1] // 4
+    x = x.reshape(b, frames, rows, columns, 2, 2, channels).transpose(0, 1, 2, 4, 3, 5, 6)
+    return x.reshape(b, frames, 2 * rows, 2 * columns, channels)
+
+
+def _replicate_pad(x: Array, multiple: tuple[int, int, int]) -> Array:
+    """Repeats the last frame, row and column of [B, T, h, w, C] up to multiples."""
+    pads = [(0, -size % k) for size, k in zip(x.shape[1:4], multiple, strict=True)]
+    return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="edge") if any(p for _, p in pads) else x
+
+
+_HEAD = ("norm_out", "proj_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeliosTransformer:
+    """The model as two pure functions: :meth:`init` and :meth:`apply`.
+
+    Attributes:
+      config: shapes and options.
+      dtype: compute dtype (float32 or bfloat16); islands of float32 are kept as in the original.
+      unroll: layers per iteration of the scan over layers; 0 unrolls all (fastest on a CPU, slowest to compile).
+      remat: name of a ``jax.checkpoint_policies`` entry for the blocks in training, or None to keep activations.
+      attention: attention variant by name, or None for the device's default.
+    """
+
+    config: TransformerConfig
+    dtype: Dtype = jnp.float32
+    unroll: int = 1
+    remat: str | None = None
+    attention: str | None = None
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Random parameters (the original's initialisation) as a plain dict; leaves may be boxed with logical axes.
+
+        Use ``helios_jax.models.partition.unbox`` for plain arrays, ``logical_axes`` for the axis names.
+        """
+        config = self.config
+        keys = iter(jax.random.split(key, 8))
+        latents = jnp.zeros((1, 4, 8, 8, config.in_channels))
+        params = {"patch_embedding": self._patch("patch_embedding").init(next(keys), latents)["params"]}
+        if config.has_multi_term_memory_patch:
+            for name in ("patch_short", "patch_mid", "patch_long"):
+                params[name] = self._patch(name).init(next(keys), latents)["params"]
+        rows = jnp.zeros((1, 1, config.text_dim))
+        params["condition_embedder"] = self._conditions.init(next(keys), jnp.zeros(1), rows)["params"]
+        tokens = jnp.zeros((1, 1, config.dim))
+
+        def init_block(key):
+            return self._block.init(key, tokens, method=Block.initialise)["params"]
+
+        blocks = jax.vmap(init_block)(jax.random.split(next(keys), config.num_layers))
+        is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+        params["blocks"] = jax.tree.map(
+            lambda leaf: leaf.replace(names=("layers", *leaf.names)) if is_box(leaf) else leaf, blocks, is_leaf=is_box)
+        params |= self._head.init(next(keys), tokens, jnp.zeros((1, config.dim)))["params"]
+        return params
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        latents: Array,
+        timestep: Array,
+        text: TextContext | TextRows,
+        history: History | Array | None = None,
+        *,
+        indices: FrameIndices | None = None,
+        history_size: tuple[int, int] | None = None,
+    ) -> Array:
+        """Velocity of the current frames.
+
+        Args:
+          variables: ``{"params": ..., "lora": ...}``; "lora" is optional.
+          latents: [B, T, h, w, 16] noisy frames at any pyramid resolution; h, w even.
+          timestep: [B] in 0...1000.
+          text: from :meth:`text_context` (sampling) or :meth:`text_rows` (training).
+          history: latents, or their tokens from :meth:`embed_history`, or None for no history.
+          indices: frame indices; default: the window [anchor | long | mid | 1x | current] with history, 0...T-1
+            without.
+          history_size: (H', W') of the history latents; needed only where ``history`` is given as tokens.
+        Returns: [B, T, h, w, 16] in the model's dtype.
+        """
+        config = self.config
+        params, lora = variables["params"], variables.get("lora") or {}
+        b, frames, height, width, _ = latents.shape
+        rows, columns = height // 2, width // 2
+
+        x = self._run(self._patch("patch_embedding"), "patch_embedding", params, lora, latents)
+        x = x.reshape(b, frames * rows * columns, config.dim)  # [B, T, y, x, C] -> [B, S_current, C]
+        history_length = 0
+        if history is not None:
+            if isinstance(history, History):
+                history_size = history.short.shape[2:4]
+                counts = tuple(part.shape[1] for part in (history.long, history.mid))
+                default = FrameIndices.for_history((*counts, history.short.shape[1] - 1), frames)
+                history = self.embed_history(variables, history)
+            else:
+                default = FrameIndices.for_history(frames=frames)
+            indices = indices or default
+            history_length = history.shape[1]
+            x = jnp.concatenate([history, x], axis=1)  # history tokens stand in front
+        indices = indices or FrameIndices(tuple(range(frames)))
+        history_grid = (history_size[0] // 2, history_size[1] // 2) if history_size else (0, 0)
+        cos, sin = (jnp.asarray(table) for table in rotary_tables(indices, (rows, columns), history_grid,
+                                                                   config.rope_dim, config.rope_theta))
+
+        embedding, modulation = self._run(self._conditions, "condition_embedder", params, lora, timestep,
+                                          method=ConditionEmbedder.time)
+        at_zero = None
+        if config.zero_history_timestep and history_length:
+            _, at_zero = self._run(self._conditions, "condition_embedder", params, lora, jnp.zeros(1),
+                                   method=ConditionEmbedder.time)
+        x = self._blocks(params["blocks"], lora.get("blocks"), x, Segments(modulation, at_zero), text, cos, sin,
+                         history_length)
+        head_params = {name: params[name] for name in _HEAD}
+        head_lora = {name: lora[name] for name in _HEAD if name in lora}
+        x = self._head.apply({"params": head_params, "lora": head_lora}, x[:, history_length:], embedding)
+        return unpatchify(x, frames, rows, columns)
+
+    def embed_history(self, variables: Mapping[str, Any], history: History) -> Array:
+        """History latents -> tokens [B, S_history, C] in the order long, mid, short.
+
+        They depend on neither the timestep nor the noise: once per chunk is enough.
+        """
+        params, lora = variables["params"], variables.get("lora") or {}
+        parts = []
+        for name, latents, k in (("patch_long", history.long, 4), ("patch_mid", history.mid, 2),
+                                 ("patch_short", history.short, 1)):
+            padded = _replicate_pad(latents, (k, 2 * k, 2 * k)) if k > 1 else latents
+            x = self._run(self._patch(name), name, params, lora, padded)
+            parts.append(x.reshape(x.shape[0], -1, x.shape[-1]))  # [B, t, y, x, C] -> [B, S_tier, C]
+        return jnp.concatenate(parts, axis=1)
+
+    def text_rows(self, variables: Mapping[str, Any], rows: Array, lengths: Array, total: int = 512) -> TextRows:
+        """Projects prompt embeddings and folds the padded rows into one.
+
+        Rows beyond a prompt's length are zeros in the original and therefore identical after the projection; n equal
+        keys weigh as much as one key with log(n) added to its logit, exactly.
+
+        Args:
+          rows: [B, K', text_dim], real rows first; what stands beyond ``lengths`` is ignored.
+          lengths: [B] number of real rows.
+          total: rows of the original's padded sequence.
+        """
+        params, lora = variables["params"], variables.get("lora") or {}
+        rows = jnp.pad(rows, ((0, 0), (0, 1), (0, 0)))  # [B, K', D] -> [B, K'+1, D]: the padded row
+        projected = self._run(self._conditions, "condition_embedder", params, lora, rows.astype(self.dtype),
+                              method=ConditionEmbedder.text)
+        position = jnp.arange(rows.shape[1])[None, :]
+        padding = jnp.asarray(total - lengths)[:, None].astype(jnp.float32)
+        padded_bias = jnp.where(padding > 0, jnp.log(jnp.maximum(padding, 1.0)), MASKED)
+        bias = jnp.where(position < jnp.asarray(lengths)[:, None], 0.0, MASKED)
+        # A mask where the padded row stands beyond the last real one, in every sample.
+        return TextRows(projected, jnp.where(position == rows.shape[1] - 1, padded_bias, bias))
+
+    def text_context(self, variables: Mapping[str, Any], rows: Array, lengths: Array, total: int = 512
+                     ) -> TextContext:
+        """Cross-attention keys and values of every layer: once per prompt. Arguments as :meth:`text_rows`."""
+        text = self.text_rows(variables, rows, lengths, total)
+        lora = (variables.get("lora") or {}).get("blocks")
+
+        def one_layer(_, layer):
+            keys_values = self._block.apply(self._layer_variables(*layer), text.rows, method=Block.text_keys_values)
+            return None, keys_values
+
+        _, (keys, values) = jax.lax.scan(one_layer, None, (variables["params"]["blocks"], lora))
+        return TextContext(keys, values, text.bias)
+
+    def _blocks(self, blocks: Params, lora: Params | None, x: Array, modulation: Segments,
+                text: TextContext | TextRows, cos: Array, sin: Array, history_length: int) -> Array:
+        """The only loop over layers."""
+
+        def one_layer(x, layer):
+            params, adapter, keys_values = layer
+            layer_text = text if keys_values is None else TextContext(*keys_values, text.bias)
+            y = self._block.apply(self._layer_variables(params, adapter), x, modulation, layer_text, cos, sin,
+                                  history_length)
+            return y, None
+
+        if self.remat is not None:
+            policy = getattr(jax.checkpoint_policies, self.remat)
+            one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
+        keys_values = (text.keys, text.values) if isinstance(text, TextContext) else None
+        unroll = self.unroll or self.config.num_layers
+        x, _ = jax.lax.scan(one_layer, x, (blocks, lora, keys_values), unroll=unroll)
+        return x
+
+    # -- pieces -------------------------------------------------------------------------------------------------
+
+    def _patch(self, name: str) -> PatchEmbedding:
+        k = {"patch_embedding": 1, "patch_short": 1, "patch_mid": 2, "patch_long": 4}[name]
+        return PatchEmbedding((k, 2 * k, 2 * k), self.config.dim, self.dtype)
+
+    @property
+    def _conditions(self) -> ConditionEmbedder:
+        return ConditionEmbedder(self.config, self.dtype)
+
+    @property
+    def _block(self) -> Block:
+        return Block(self.config, self.dtype, self.attention)
+
+    @property
+    def _head(self) -> OutputHead:
+        return OutputHead(self.config, self.dtype)
+
+    @staticmethod
+    def _layer_variables(params: Params, lora: Params | None) -> dict[str, Any]:
+        return {"params": params} if lora is None else {"params": params, "lora": lora}
+
+    @staticmethod
+    def _run(module: nn.Module, name: str, params: Params, lora: Params, *args, **kwargs):
+        return module.apply({"params": params[name], "lora": lora.get(name, {})}, *args, **kwargs)
