@@ -1,0 +1,85 @@
+"""What an objective gives to the training loop.
+
+A module that defines an objective has two names: ``Config``, a frozen dataclass with the objective's settings, and
+``build(run: RunConfig) -> Objective``. It is chosen by ``config.objective.name``, either from :data:`OBJECTIVES` or as
+the import path of any module, so that an experiment needs no change of this library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from helios_jax.errors import UserError
+
+PyTree = Any
+
+OBJECTIVES = {
+    "autoencoder": "helios_jax.training.autoencoder",
+    "stage1": "helios_jax.training.stage1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One training objective.
+
+    Attributes:
+      init_params: ``init_params(key) -> params``: traceable by JAX (the loop jits it, and later shards its outputs), a
+        nested dict of unboxed float32 arrays.
+      loss: ``loss(params, frozen, batch, key) -> (loss, metrics)``: float32 scalar and a flat dict of float32
+        scalars, pure and traceable. ``key`` is unique to (seed, step); draw per sample from it.
+      dataset: a ``grain.IterDataset`` (or anything whose iterator has ``get_state`` and ``set_state``) that yields
+        dicts of numpy arrays with the batch as leading axis, without end.
+      frozen: arrays that the loss needs but nobody trains (a frozen model, tables of embeddings). They are arguments
+        of the compiled step, never constants in it, and are not saved.
+      trainable: ``trainable(params) -> tree of bool`` of the same structure; ``None`` trains everything. Parameters
+        outside it have no optimizer state and never change.
+      load_params: ``load_params(abstract_params) -> params``: start values from elsewhere (a converted checkpoint, an
+        earlier stage) instead of ``init_params``; called only when the run starts afresh.
+      sample: ``sample(params, step) -> {name: uint8 [F, H, W, 3]}``: videos to look at, from the EMA parameters if
+        there are any.
+      fps: frames per second of these videos.
+      evaluate: ``evaluate(params, step) -> {name: float}``: validation numbers, logged with the samples.
+      export: ``export(params, folder) -> None``: writes the final (EMA) parameters in the published layout.
+    """
+
+    init_params: Callable[[jax.Array], PyTree]
+    loss: Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    dataset: Any
+    frozen: PyTree = dataclasses.field(default_factory=dict)
+    trainable: Callable[[PyTree], PyTree] | None = None
+    load_params: Callable[[PyTree], PyTree] | None = None
+    sample: Callable[[PyTree, int], dict[str, np.ndarray]] | None = None
+    fps: int = 24
+    evaluate: Callable[[PyTree, int], dict[str, float]] | None = None
+    export: Callable[[PyTree, str], None] | None = None
+
+
+def objective_module(name: str) -> ModuleType:
+    """The module of an objective by its name or import path.
+
+    Raises:
+      UserError: no such objective, or the module lacks ``Config`` or ``build``.
+    """
+    path = OBJECTIVES.get(name, name)
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        # A missing dependency inside an existing objective is a different problem and keeps its traceback.
+        if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
+            raise
+        raise UserError(f"config.objective.name: one of {', '.join(OBJECTIVES)} or the import path of a module, "
+                        f"got {name!r}") from None
+    except (TypeError, ValueError):  # an empty name, or one that begins with a dot
+        raise UserError(f"config.objective.name: one of {', '.join(OBJECTIVES)}, got {name!r}") from None
+    for attribute in ("Config", "build"):
+        if not hasattr(module, attribute):
+            raise UserError(f"config.objective.name: the module {path} has no {attribute!r}")
+    return module
