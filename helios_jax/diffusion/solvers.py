@@ -1,0 +1,238 @@
+"""UniPC, Euler and DMD as tables of linear coefficients, and one jittable step that serves them all.
+
+A step takes the sample x_i and the velocity v_i the transformer predicted for it. With sigma_i the schedule's sigmas,
+every solver is a linear map with coefficients that depend on the schedule alone:
+
+    m_i     = x_i - sigma_i v_i                                                   clean prediction
+    c_i     = a_x x_i + a_c c_{i-1} + sum_{k=0..K} a_k m_{i-k}                    corrected sample
+    x_{i+1} = b_c c_i + b_v v_i + b_s s + sum_{k=0..K-1} b_k m_{i-k}              next sample
+
+K is the number of earlier predictions that are kept (the UniPC order; 0 otherwise) and s the sample at the beginning
+of the stage. The coefficients are solved for in float64 on the host and stored as float32; the step itself is float32
+whatever the dtype of the velocity.
+
+**Euler**: c_i = x_i; x_{i+1} = c_i + (sigma_{i+1} - sigma_i) v_i.
+
+**DMD**: c_i = x_i; x_{i+1} = (1 - sigma_{i+1}) m_i + sigma_{i+1} s: the clean prediction is mixed with the start point
+of the stage, which is no fresh noise (from the second stage on it contains signal).
+
+**UniPC** of order K in clean prediction. With alpha = 1 - sigma, sigma+ = max(sigma, 1e-8), lambda = ln(alpha/sigma+)
+and, for a step from s to t, h = lambda_t - lambda_s, g = -h, phi = e^g - 1, B = phi ("bh2") or g ("bh1"):
+
+    x_t = (sigma+_t / sigma+_s) x_s - alpha_t phi m_s - alpha_t B sum_j rho_j (m_j - m_s) / r_j
+
+where m_j are predictions at other points, r_j = (lambda_j - lambda_s) / h, and rho solves, for the n terms of the sum,
+
+    sum_j r_j^(q-1) rho_j = b_q,  q = 1...n;   b_q = q! psi_q / B;   psi_1 = phi/g - 1,  psi_{q+1} = psi_q/g - 1/(q+1)!
+
+The predictor of order p from i to i+1 uses the p - 1 predictions before m_i (rho = 1/2 for p = 2, as in the
+original). The corrector of order p goes once more from i-1 to i, from c_{i-1}, with the p - 1 predictions before
+m_{i-1} and the new m_i itself (r = 1; rho = 1/2 for p = 1); p is the order the predictor had there. m_i comes from
+the uncorrected x_i. Orders rise from 1, and fall to 1 at the end with ``lower_order_final``. The step to sigma = 0
+has lambda = ln(1e8), a finite number; a first sigma of 1 has lambda = -inf, which IEEE arithmetic carries through.
+
+Sources: diffusers ``HeliosScheduler.step_unipc``, ``.step_euler`` and ``HeliosDMDScheduler.step``. Under bfloat16 the
+original rounds sigma * v (and Euler and DMD the sample itself) to bfloat16; here these stay float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from helios_jax.config import SchedulerConfig
+from helios_jax.diffusion.schedules import Schedule
+from helios_jax.errors import UserError
+
+_SMALLEST_SIGMA = 1e-8
+
+
+class Coefficients(NamedTuple):
+    """The coefficients of every step, float32, with the step as leading axis n (names as in the module's formulas).
+
+    A pytree: scan over it, or take one row with :func:`row`.
+    """
+
+    sigma: np.ndarray  # [n]            sigma_i
+    correct_sample: np.ndarray  # [n]            a_x
+    correct_last: np.ndarray  # [n]            a_c
+    correct_predictions: np.ndarray  # [n, K + 1]     a_k, newest (m_i) first
+    predict_sample: np.ndarray  # [n]            b_c
+    predict_velocity: np.ndarray  # [n]            b_v
+    predict_start: np.ndarray  # [n]            b_s
+    predict_predictions: np.ndarray  # [n, max(K, 1)] b_k, newest (m_i) first
+
+    @property
+    def memory(self) -> int:
+        """K, the number of earlier predictions the state must hold."""
+        return self.correct_predictions.shape[-1] - 1
+
+
+class SolverState(NamedTuple):
+    """What a step needs of the steps before it; all float32.
+
+    Attributes:
+      sample: x_i, [B, T, h, w, C].
+      last: c_{i-1}, [B, T, h, w, C].
+      predictions: m_{i-1}...m_{i-K}, newest first, [K, B, T, h, w, C].
+      start: s, the sample at the beginning of the stage, [B, T, h, w, C].
+    """
+
+    sample: jax.Array
+    last: jax.Array
+    predictions: jax.Array
+    start: jax.Array
+
+
+def init_state(sample: jax.Array, memory: int) -> SolverState:
+    """The state at the beginning of a stage; nothing is carried over from another stage or chunk.
+
+    Args:
+      sample: [B, T, h, w, C], any float dtype.
+      memory: :attr:`Coefficients.memory`.
+    """
+    sample = sample.astype(jnp.float32)
+    return SolverState(sample, jnp.zeros_like(sample), jnp.zeros((memory, *sample.shape), jnp.float32), sample)
+
+
+def row(coefficients: Coefficients, step: int | jax.Array) -> Coefficients:
+    """The coefficients of one step; the index may be traced."""
+    return jax.tree.map(lambda c: jnp.asarray(c)[step], coefficients)
+
+
+def step(coefficients: Coefficients, state: SolverState, velocity: jax.Array) -> SolverState:
+    """One solver step.
+
+    Args:
+      coefficients: one row (no leading axis).
+      velocity: [B, T, h, w, C], the guided prediction for ``state.sample``; any float dtype.
+    Returns: the state of the next step.
+    """
+    co, velocity = coefficients, velocity.astype(jnp.float32)
+    prediction = state.sample - co.sigma * velocity
+    # Sums are written out: a matrix product would be at the mercy of the backend's default precision.
+    corrected = co.correct_sample * state.sample + co.correct_last * state.last
+    for k, m in enumerate([prediction, *state.predictions]):
+        corrected = corrected + co.correct_predictions[k] * m
+    sample = co.predict_sample * corrected + co.predict_velocity * velocity + co.predict_start * state.start
+    for k, m in enumerate([prediction, *state.predictions][: co.predict_predictions.shape[-1]]):
+        sample = sample + co.predict_predictions[k] * m
+    predictions = state.predictions
+    if predictions.shape[0]:
+        predictions = jnp.concatenate([prediction[None], predictions[:-1]])  # [K, B, T, h, w, C]
+    return SolverState(sample, corrected, predictions, state.start)
+
+
+def solver_coefficients(config: SchedulerConfig, schedule: Schedule) -> Coefficients:
+    """The coefficients of the scheduler's solver for one stage.
+
+    Raises:
+      UserError: ``solver_order`` is less than 1.
+    """
+    if config.is_dmd:
+        return _dmd(schedule)
+    return _euler(schedule) if config.scheduler_type == "euler" else _unipc(config, schedule)
+
+
+def _zeros(steps: int, memory: int) -> Coefficients:
+    """All-zero float64 table except for the corrector, which leaves the sample alone."""
+    table = Coefficients(*(np.zeros(steps) for _ in Coefficients._fields))
+    return table._replace(correct_sample=np.ones(steps), correct_predictions=np.zeros((steps, memory + 1)),
+                          predict_predictions=np.zeros((steps, max(memory, 1))))
+
+
+def _to_float32(table: Coefficients) -> Coefficients:
+    return Coefficients(*(column.astype(np.float32) for column in table))
+
+
+def _euler(schedule: Schedule) -> Coefficients:
+    table = _zeros(schedule.num_steps, memory=0)
+    return _to_float32(table._replace(sigma=schedule.sigmas[:-1], predict_sample=np.ones(schedule.num_steps),
+                                      predict_velocity=np.diff(schedule.sigmas)))
+
+
+def _dmd(schedule: Schedule) -> Coefficients:
+    n = schedule.num_steps
+    # The original finds a step's sigma by searching the truncated timestep, which for many steps (never for ten or
+    # fewer) can hit a neighbour.
+    found = np.abs(schedule.timesteps[None] - np.trunc(schedule.timesteps)[:, None]).argmin(axis=1)  # [n, n] -> [n]
+    sigma = schedule.sigmas[found]
+    following = np.append(sigma[1:], 0.0)
+    return _to_float32(_zeros(n, memory=0)._replace(sigma=sigma, predict_start=following,
+                                                    predict_predictions=(1 - following)[:, None]))
+
+
+def _unipc(config: SchedulerConfig, schedule: Schedule) -> Coefficients:
+    n, order = schedule.num_steps, config.solver_order
+    if order < 1:
+        raise UserError(f"solver_order: must be at least 1, got {order}")
+    update = _UniPCUpdate(config, schedule.sigmas)
+    table = _zeros(n, memory=order)
+    table = table._replace(sigma=schedule.sigmas[:-1])
+    previous_order = 0
+    for i in range(n):
+        if i > 0 and i - 1 not in config.disable_corrector:
+            others = [i - 1 - k for k in range(1, previous_order)] + [i]
+            weights = update(i - 1, i, others, simple=previous_order == 1)
+            table.correct_sample[i], table.correct_last[i] = 0, weights.pop("sample")
+            for point, weight in weights.items():
+                table.correct_predictions[i, i - point] += weight
+        highest = min(order, n - i) if config.lower_order_final else order
+        previous_order = min(highest, i + 1)
+        others = [i - k for k in range(1, previous_order)]
+        weights = update(i, i + 1, others, simple=previous_order == 2)
+        table.predict_sample[i] = weights.pop("sample")
+        for point, weight in weights.items():
+            table.predict_predictions[i, i - point] += weight
+    return _to_float32(table)
+
+
+class _UniPCUpdate:
+    """The weights of one UniPC update between two points of a schedule."""
+
+    def __init__(self, config: SchedulerConfig, sigmas: np.ndarray):
+        with np.errstate(divide="ignore"):  # a first sigma of 1 has lambda = -inf
+            if config.use_flow_sigmas:
+                self.alpha, self.sigma = 1 - sigmas, np.maximum(sigmas, _SMALLEST_SIGMA)
+            else:
+                self.alpha = 1 / np.sqrt(sigmas**2 + 1)
+                self.sigma = sigmas * self.alpha
+            self.lambdas = np.log(self.alpha) - np.log(self.sigma)
+        self.bh1 = config.solver_type == "bh1"
+
+    def __call__(self, source: int, target: int, others: list[int], simple: bool) -> dict[str | int, float]:
+        """Weights of the sample at ``source`` (key 'sample') and of the prediction at every point (key: its index).
+
+        Args:
+          others: the points whose predictions join that of ``source``.
+          simple: rho is 1/2 instead of the solution of the equations (one point in ``others``).
+        """
+        h = self.lambdas[target] - self.lambdas[source]
+        g = -h
+        phi = np.expm1(g)
+        scale = g if self.bh1 else phi
+        ratios = np.array([(self.lambdas[j] - self.lambdas[source]) / h if j != target else 1.0 for j in others])
+        rhos = np.array([0.5]) if simple else _solve_rhos(g, phi, scale, ratios)
+        alpha = self.alpha[target]
+        weights = {"sample": self.sigma[target] / self.sigma[source], source: -alpha * phi}
+        for j, rho, ratio in zip(others, rhos, ratios, strict=True):
+            weight = alpha * scale * rho / ratio
+            weights[j] = -weight
+            weights[source] += weight
+        return weights
+
+
+def _solve_rhos(g: float, phi: float, scale: float, ratios: np.ndarray) -> np.ndarray:
+    count = len(ratios)
+    if count == 0:
+        return np.zeros(0)
+    psi, right = phi / g - 1, []
+    for q in range(1, count + 1):
+        right.append(psi * math.factorial(q) / scale)
+        psi = psi / g - 1 / math.factorial(q + 1)
+    powers = ratios[None, :] ** np.arange(count)[:, None]  # row q holds r_j^q
+    return np.linalg.solve(powers, np.array(right))
