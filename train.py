@@ -7,6 +7,7 @@ The same command resumes a run that was interrupted; SIGTERM and Ctrl-C save fir
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 
@@ -38,25 +39,34 @@ def parse_arguments(argv: list[str]):
     config = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True,
                                              flag_values=known)
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=known)
-    for argument in argv[1:]:  # a missing file would otherwise be reported from deep inside the import machinery
-        if argument.startswith(("--config=", "-config=")):
-            path = argument.split("=", 1)[1]
-            if not os.path.isfile(path.split(":")[0]):
-                raise UserError(f"--config: no such file: {path}")
     try:
         rest = known(argv)
-    except SystemExit:
-        raise
-    except Exception as error:  # absl, ml_collections and the config file itself raise a variety of kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{reason} ({type(error).__name__} while reading the command line)") from error
+        values = None if config.value is None else config.value.to_dict()
+    except Exception as error:  # absl, ml_collections and the config file itself raise many kinds
+        raise UserError(_reason(error, argv)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument: {rest[1]!r}; see --help")
-    if config.value is None:
+    if values is None:
         raise UserError("--config: required; a file of configs/, for example --config configs/tiny_stage1.py")
     if not workdir.value:
         raise UserError("--workdir: required; the folder that receives the run")
-    return run_config(config.value), workdir.value
+    return run_config(values), workdir.value
+
+
+def _reason(error: Exception, argv: list[str]) -> str:
+    """One line for whatever went wrong while flags and config file were read."""
+    paths = [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))]
+    paths += [after for a, after in zip(argv, argv[1:], strict=False) if a in ("--config", "-config")]
+    path = (paths or ["?"])[-1]
+    if not os.path.isfile(path):
+        return f"--config: no such file: {path}"
+    near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
+    if near:
+        return f"--config: unknown key {near[2]!r}; did you mean {near[1]!r}?"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ValueError) or type(error).__module__.startswith("absl"):  # absl's messages name the flag
+        return text
+    return f"{path}: cannot be read as a configuration ({type(error).__name__}: {text})"
 
 
 @command_line
