@@ -32,17 +32,39 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
                             (x.shape[-1], self.features), self.param_dtype)
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)  # [..., in] -> [..., out]
+        y = matmul_float32(x, kernel)  # [..., in] -> [..., out]
         if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype)  # [..., in] -> [..., r] -> [..., out]
+            y = y + low_rank(x, self.get_variable("lora", "a"), self.get_variable("lora", "b"))
             if self.has_variable("lora", "bias"):
-                y = y + self.get_variable("lora", "bias").astype(self.dtype)
+                y = y + self.get_variable("lora", "bias").astype(jnp.float32)
         if self.use_bias:
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.kernel_axes[1:]),
                               (self.features,), self.param_dtype)
-            y = y + bias.astype(self.dtype)
-        return y
+            y = y + bias.astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+def matmul_float32(x: Array, kernel: Array) -> Array:
+    """x [..., in] times kernel [in, out] in x's dtype, accumulated and returned in float32.
+
+    The bias is then added before the one rounding to a half type, as a fused BLAS epilogue does.
+    """
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def low_rank(x: Array, a: Array, b: Array) -> Array:
+    """(x a) b in float32, with the intermediate of rank r in x's dtype: [..., in] -> [..., r] -> [..., out]."""
+    return matmul_float32(matmul_float32(x, a).astype(x.dtype), b)
+
+
+def gelu(x: Array) -> Array:
+    """Tanh-approximate GELU, evaluated in float32 and rounded once."""
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def silu(x: Array) -> Array:
+    """x sigmoid(x), evaluated in float32 and rounded once."""
+    return nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(x: Array, eps: float) -> Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from helios_jax.config import TransformerConfig
-from helios_jax.models.layers import Linear, layer_norm
+from helios_jax.models.layers import Linear, gelu, layer_norm, low_rank, matmul_float32, silu
 from helios_jax.models.rope import FrameIndices, rotary_tables
 from kernels.attention import compacted_attention, cross_attention
 from kernels.attention.api import rms_norm_heads
@@ -91,13 +91,13 @@ class PatchEmbedding(nn.Module):
         x = x[:, : t * kt, : h * kh, : w * kw].astype(self.dtype)
         x = x.reshape(b, t, kt, h, kh, w, kw, channels).transpose(0, 1, 3, 5, 2, 4, 6, 7)
         x = x.reshape(b, t, h, w, kt * kh * kw * channels)  # one row per patch
-        y = x @ kernel.astype(self.dtype).reshape(-1, self.features)  # -> [B, t, y, x, C]
+        y = matmul_float32(x, kernel.reshape(-1, self.features))  # -> [B, t, y, x, C]
         if self.has_variable("lora", "a"):
-            a, up = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + (x @ a.astype(self.dtype).reshape(-1, a.shape[-1])) @ up.astype(self.dtype)
+            a = self.get_variable("lora", "a")  # [kt, kh, kw, C_in, r]
+            y = y + low_rank(x, a.reshape(-1, a.shape[-1]), self.get_variable("lora", "b"))
             if self.has_variable("lora", "bias"):
-                y = y + self.get_variable("lora", "bias").astype(self.dtype)
-        return y + bias.astype(self.dtype)
+                y = y + self.get_variable("lora", "bias").astype(jnp.float32)
+        return (y + bias.astype(jnp.float32)).astype(self.dtype)
 
 
 class TimestepEmbedder(nn.Module):
@@ -114,7 +114,7 @@ class TimestepEmbedder(nn.Module):
         angles = timestep.astype(jnp.float32)[:, None] * frequencies  # [B] -> [B, half]
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # [B, freq_dim]
         x = Linear(self.dim, kernel_init=_condition_init, kernel_axes=(None, "embed"), name="linear_1")(x)
-        return Linear(self.dim, kernel_init=_condition_init, kernel_axes=("embed", None), name="linear_2")(nn.silu(x))
+        return Linear(self.dim, kernel_init=_condition_init, kernel_axes=("embed", None), name="linear_2")(silu(x))
 
 
 class TextProjection(nn.Module):
@@ -129,7 +129,7 @@ class TextProjection(nn.Module):
         x = Linear(self.dim, dtype=self.dtype, kernel_init=_condition_init, kernel_axes=(None, "embed"),
                    name="linear_1")(rows)
         return Linear(self.dim, dtype=self.dtype, kernel_init=_condition_init, kernel_axes=("embed", None),
-                      name="linear_2")(nn.gelu(x, approximate=True))
+                      name="linear_2")(gelu(x))
 
 
 class ConditionEmbedder(nn.Module):
@@ -147,7 +147,7 @@ class ConditionEmbedder(nn.Module):
     def time(self, timestep: Array) -> tuple[Array, Array]:
         """timestep [B] -> (embedding [B, C], modulation [B, 6, C]), both in the model's dtype."""
         embedding = self.time_embedder(timestep).astype(self.dtype)
-        modulation = self.time_proj(nn.silu(embedding))
+        modulation = self.time_proj(silu(embedding))
         return embedding, modulation.reshape(-1, 6, self.config.dim)  # [B, 6C] -> [B, 6, C]
 
     def text(self, rows: Array) -> Array:
@@ -174,10 +174,6 @@ class Attention(nn.Module):
         if self.config.is_amplify_history and not self.is_cross:
             size = self.config.num_attention_heads if self.config.history_scale_mode == "per_head" else 1
             self.history_key_scale = self.param("history_key_scale", nn.initializers.ones, (size,), jnp.float32)
-        if self.config.added_kv_proj_dim is not None and self.is_cross:
-            # The checkpoint may carry these projections; the forward pass never uses them.
-            added = functools.partial(Linear, dim, dtype=self.dtype, kernel_axes=(None, "heads"))
-            self.add_k_proj, self.add_v_proj, self.norm_added_k = added(), added(), NormWeight(dim)
 
     def self_attention(self, x: Array, cos: Array, sin: Array, history_length: int) -> Array:
         """x [B, S, C] -> [B, S, C]; cos, sin [S, D/2]."""
@@ -205,9 +201,6 @@ class Attention(nn.Module):
     def initialise(self, x: Array) -> None:
         """Touches every parameter once, for ``init``."""
         self.to_q(x), self.to_k(x), self.to_v(x), self.to_out_0(x), self.norm_q(), self.norm_k()
-        if self.config.added_kv_proj_dim is not None and self.is_cross:
-            added = jnp.zeros((1, 1, self.config.added_kv_proj_dim), self.dtype)
-            self.add_k_proj(added), self.add_v_proj(added), self.norm_added_k()
 
 
 class NormWeight(nn.Module):
@@ -254,7 +247,7 @@ class GeluProjection(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = Linear(self.features, dtype=self.dtype, kernel_axes=("embed", "mlp"), name="proj")(x)
-        return nn.gelu(x, approximate=True)
+        return gelu(x)
 
 
 class Segments(NamedTuple):

@@ -15,8 +15,12 @@ MAX_LOGITS = 1 << 24  # float32 logits of one block: at most 64 MB
 
 
 def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """q: [S, D] already scaled; k, v: [K, D]; bias: [K] or None. Returns [S, D] float32."""
-    logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)  # [S, D] x [D, K] -> [S, K]
+    """q: [S, D]; k, v: [K, D]; bias: [K] or None. Returns [S, D] float32."""
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == jnp.float32:
+        logits = jnp.matmul(q * scale, k.T)  # [S, D] x [D, K] -> [S, K]; scaling q touches fewer numbers
+    else:  # a scaled q would be rounded once more
+        logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         logits = logits + bias
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
@@ -29,7 +33,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) 
     """Same contract as :func:`kernels.attention.reference.attention`."""
     b, s, n, d = q.shape
     keys = k.shape[1]
-    q = (q * jnp.asarray(d**-0.5, q.dtype)).transpose(0, 2, 1, 3).reshape(b * n, s, d)  # -> [B*N, S, D]
+    q = q.transpose(0, 2, 1, 3).reshape(b * n, s, d)  # -> [B*N, S, D]
     k, v = (x.transpose(0, 2, 1, 3).reshape(b * n, keys, d) for x in (k, v))  # -> [B*N, K, D]
     # The bias [B, K] is repeated for the heads of each sample: [B*N, K].
     per_head_bias = None if bias is None else jnp.repeat(bias.astype(jnp.float32), n, axis=0)
