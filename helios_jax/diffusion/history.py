@@ -15,29 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.errors import UserError
+from helios_jax.models.inputs import FrameIndices, History
 
 _FRAMES = -4  # the axis of frames in [B, T, h, w, C] and in [T, h, w, C]
-
-
-class HistoryTiers(NamedTuple):
-    """The three tiers that the transformer patches with different kernels.
-
-    Shapes for the usual sizes: long [B, 16, h, w, C], mid [B, 2, h, w, C], short [B, 2, h, w, C]; short is the
-    anchor followed by the newest frame.
-    """
-
-    long: jax.Array
-    mid: jax.Array
-    short: jax.Array
-
-
-class FrameIndices(NamedTuple):
-    """Time positions of the rotary embedding, int32 vectors. They never change from chunk to chunk."""
-
-    long: np.ndarray
-    mid: np.ndarray
-    short: np.ndarray
-    current: np.ndarray
 
 
 class TrainingWindow(NamedTuple):
@@ -75,9 +55,7 @@ class HistoryLayout:
 
     def indices(self) -> FrameIndices:
         """Anchor 0, long 1...16, mid 17, 18, newest 19, current 20...28."""
-        line = np.arange(1 + self.frames + self.chunk, dtype=np.int32)
-        anchor, long, mid, newest, current = np.split(line, np.cumsum([1, *self.sizes]))
-        return FrameIndices(long, mid, np.concatenate([anchor, newest]), current)
+        return FrameIndices.for_history(self.sizes, self.chunk)
 
     def empty(self, batch: int, height: int, width: int, channels: int) -> jax.Array:
         """The history before anything exists: zeros [B, 19, h, w, C] float32."""
@@ -92,13 +70,13 @@ class HistoryLayout:
         # [B, 19 + t, h, w, C] -> [B, 19, h, w, C]
         return jnp.concatenate([history, frames.astype(jnp.float32)], axis=1)[:, -self.frames:]
 
-    def split(self, history: jax.Array, anchor: jax.Array) -> HistoryTiers:
+    def split(self, history: jax.Array, anchor: jax.Array) -> History:
         """The transformer's three tiers of a history [B, 19, h, w, C] and an anchor [B, 1, h, w, C]."""
         long_size, mid_size, _ = self.sizes
         long = history[:, :long_size]
         mid = history[:, long_size:long_size + mid_size]
         newest = history[:, long_size + mid_size:]
-        return HistoryTiers(long, mid, jnp.concatenate([anchor.astype(history.dtype), newest], axis=1))
+        return History(jnp.concatenate([anchor.astype(history.dtype), newest], axis=1), mid, long)
 
     def training_window(self, latents: np.ndarray, section: int) -> TrainingWindow:
         """Cuts the item of one section out of a record.

@@ -6,34 +6,13 @@ stores every cosine and sine twice (adjacent duplicates); here each pair of chan
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import numpy as np
 
+from helios_jax.models.inputs import FrameIndices
+
 Table = np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class FrameIndices:
-    """Time index of every frame of the packed sequence; relative to the window, equal for every chunk.
-
-    The anchor has index 0, then come the long, mid and 1x history, then the current frames. ``short`` is
-    (anchor, 1x). An empty tuple leaves the tier out.
-    """
-
-    current: tuple[int, ...]
-    short: tuple[int, ...] = ()
-    mid: tuple[int, ...] = ()
-    long: tuple[int, ...] = ()
-
-    @classmethod
-    def for_history(cls, history_sizes: tuple[int, int, int] = (16, 2, 1), frames: int = 9) -> "FrameIndices":
-        """The line of consecutive integers [anchor | long | mid | 1x | current]."""
-        long, mid, short = history_sizes
-        ends = np.cumsum([1, long, mid, short, frames]).tolist()
-        span = [tuple(range(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
-        return cls(current=span[3], short=(0, *span[2]), mid=span[1], long=span[0])
 
 
 def _grid(frames: tuple[int, ...], height: int, width: int, rope_dim: tuple[int, int, int], theta: float

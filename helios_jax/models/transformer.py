@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from helios_jax.config import TransformerConfig
+from helios_jax.models.inputs import FrameIndices, History
 from helios_jax.models.layers import Linear, gelu, layer_norm, low_rank, matmul_float32, silu
-from helios_jax.models.rope import FrameIndices, rotary_tables
+from helios_jax.models.rope import rotary_tables
 from kernels.attention import compacted_attention, cross_attention
 from kernels.attention.api import rms_norm_heads
 
@@ -35,18 +36,6 @@ FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm2", "history_ke
 MASKED = -1e30
 
 _condition_init = nn.initializers.normal(0.02)
-
-
-class History(NamedTuple):
-    """History latents at full resolution, whatever the resolution of the current frames.
-
-    short: [B, 2, H', W', 16], the anchor frame then the newest frame; mid: [B, 2, H', W', 16];
-    long: [B, 16, H', W', 16]. The frame counts follow ``history_sizes``.
-    """
-
-    short: Array
-    mid: Array
-    long: Array
 
 
 class TextContext(NamedTuple):
