@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from helios_jax.convert.rules import abstract_params, flatten
-from helios_jax.models.partition import unbox
 from helios_jax.models.inputs import FrameIndices, History
+from helios_jax.models.partition import unbox
 from helios_jax.models.rope import rotary_tables
 from helios_jax.models.transformer import HeliosTransformer
 from tests.golden import check, data

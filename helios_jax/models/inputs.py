@@ -37,7 +37,7 @@ class FrameIndices:
     long: tuple[int, ...] = ()
 
     @classmethod
-    def for_history(cls, history_sizes: tuple[int, int, int] = (16, 2, 1), frames: int = 9) -> "FrameIndices":
+    def for_history(cls, history_sizes: tuple[int, int, int] = (16, 2, 1), frames: int = 9) -> FrameIndices:
         """The line of consecutive integers [anchor | long | mid | 1x | current]."""
         long, mid, short = history_sizes
         ends = np.cumsum([1, long, mid, short, frames]).tolist()

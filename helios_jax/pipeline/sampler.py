@@ -48,7 +48,7 @@ class SamplingPlan:
     @classmethod
     def for_model(cls, index: ModelIndex, *, steps: Sequence[int], guidance_scale: float, use_zero_init: bool = True,
                   zero_steps: int = 1, amplify_first_chunk: bool = True, layout: HistoryLayout | None = None
-                  ) -> "SamplingPlan":
+                  ) -> SamplingPlan:
         """Keeps of the options what the model's pipeline class makes use of."""
         zero_star = index.variant == "mid" and index.is_cfg_zero_star and guidance_scale > 1
         return cls(
