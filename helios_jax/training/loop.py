@@ -86,7 +86,7 @@ def make_step(run: RunConfig, objective: Objective, optimizer: optax.GradientTra
         (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(state.params, frozen, batch, key)
         if trainable is not None:  # a fixed parameter's gradient must not count in the norm
             grads = jax.tree.map(lambda g, train: g if train else jnp.zeros_like(g), grads, trainable)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -135,8 +135,9 @@ def _bytes(tree: PyTree) -> int:
 
 def _summary(run: RunConfig, state: TrainState, trainable: PyTree | None) -> str:
     total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    sizes = jax.tree.map(lambda p, t=True: p.size if t else 0, state.params, *(() if trainable is None else (trainable,)))
-    trained = sum(jax.tree.leaves(sizes))
+    trained = total
+    if trainable is not None:
+        trained = sum(jax.tree.leaves(jax.tree.map(lambda p, train: p.size if train else 0, state.params, trainable)))
     device = jax.devices()[0]
     return (f"{run.objective_name}: {trained / 1e6:.3f} M of {total / 1e6:.3f} M parameters trained with "
             f"{run.optimizer.name}, batch {run.batch_size}, {run.num_steps} steps; parameters "
@@ -146,7 +147,7 @@ def _summary(run: RunConfig, state: TrainState, trainable: PyTree | None) -> str
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a call of :func:`train` ended: the step reached, and the signal that stopped it (None: the run is complete)."""
+    """How a call of :func:`train` ended: the step reached, and the signal that stopped it (None: it is complete)."""
 
     step: int
     stopped_by: int | None = None

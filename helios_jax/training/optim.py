@@ -65,6 +65,11 @@ def muon_dimension_numbers(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(numbers, params)
 
 
+def _muon_labels(params: PyTree) -> PyTree:
+    numbers = muon_dimension_numbers(params)
+    return jax.tree.map(lambda _, n: "other" if n is None else "matrix", params, numbers)
+
+
 def decay_mask(params: PyTree, which: str) -> PyTree:
     """True where weight decay applies: everywhere ('all') or on matrices, not on norms, biases and tables."""
     if which == "all":
@@ -92,16 +97,14 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, trainable: PyTree | 
     def mask(tree: PyTree) -> PyTree:
         return decay_mask(tree, config.weight_decay_on)
 
-    if config.name == "adamw":
-        rule = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
-                           mask=mask)
-    else:
+    rule = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=mask)
+    if config.name == "muon":
         # consistent_rms = 0.2 gives Muon's updates the size of AdamW's, so that one learning rate and one weight
         # decay serve both groups (arXiv 2502.16982).
-        rule = muon(rate, ns_steps=config.muon_newton_schulz_steps, beta=config.muon_momentum, eps=config.eps,
-                    weight_decay=config.weight_decay, weight_decay_mask=mask, adam_b1=config.b1, adam_b2=config.b2,
-                    adam_weight_decay=config.weight_decay if config.weight_decay_on == "all" else 0.0,
-                    muon_weight_dimension_numbers=muon_dimension_numbers, consistent_rms=0.2)
+        orthogonal = muon(rate, ns_steps=config.muon_newton_schulz_steps, beta=config.muon_momentum, eps=config.eps,
+                          weight_decay=config.weight_decay, weight_decay_mask=mask,
+                          muon_weight_dimension_numbers=muon_dimension_numbers, consistent_rms=0.2)
+        rule = optax.partition({"matrix": orthogonal, "other": rule}, _muon_labels)
     if config.clip_norm > 0:
         rule = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
     if trainable is None:
