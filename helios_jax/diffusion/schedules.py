@@ -157,17 +157,6 @@ def pipeline_sigmas(steps: int) -> np.ndarray:
     return np.linspace(FIRST_SIGMA, 0.0, steps + 1)[:-1]
 
 
-def scheduler_sigmas(config: SchedulerConfig, steps: int) -> np.ndarray:
-    """The sigmas of a one-stage scheduler of the original that is given none, float32 [steps].
-
-    No pipeline does so. They begin at sigma 1 and are the only one-stage sigmas that a static shift acts on; it goes
-    through :func:`time_shift`, so with the exponential kind it acts as e^shift. float32 as in the original: pass the
-    result on as ``sigmas`` of :func:`make_schedule`, which keeps the dtype during its arithmetic.
-    """
-    sigmas = np.linspace(1, 1 / config.num_train_timesteps, steps + 1)[:-1].astype(np.float32)
-    return sigmas if config.shift == 1.0 else time_shift(config.shift, sigmas, config.time_shift_type)
-
-
 def make_schedule(config: SchedulerConfig, steps: int, *, tokens: int, stage: int = 0, amplify: bool = False,
                   sigmas: Sequence[float] | np.ndarray | None = None) -> Schedule:
     """Sigmas and timesteps of one stage (``set_timesteps`` of the original's schedulers).
@@ -181,7 +170,7 @@ def make_schedule(config: SchedulerConfig, steps: int, *, tokens: int, stage: in
       amplify: twice the steps (DMD only, ignored otherwise as in the original).
       sigmas: the caller's own unshifted sigmas in the one-stage mode, [steps] (DMD: [steps + 1], or
         [2 steps + 1] when amplified, of which the last is dropped), descending in (0, 1]; timesteps are 1000 sigma.
-        None means :func:`pipeline_sigmas`.
+        None means :func:`pipeline_sigmas`; as in the original's pipelines a static shift does not act on either.
 
     Raises:
       UserError: steps, stage or sigmas are not what is described here.
@@ -210,7 +199,7 @@ def make_schedule(config: SchedulerConfig, steps: int, *, tokens: int, stage: in
 
     if config.is_dmd:  # the last point before 0 is only there to space the others
         values, timesteps = values[:-1], timesteps[:-1]
-    values = np.append(values, values.dtype.type(0))
+    values = np.append(values, 0.0)
     if config.use_dynamic_shifting:
         values = time_shift(dynamic_shift_mu(config, tokens), values, config.time_shift_type)
         if one_stage:
@@ -219,14 +208,12 @@ def make_schedule(config: SchedulerConfig, steps: int, *, tokens: int, stage: in
             low, high = timestep_grid.min(), timestep_grid.max()
             timesteps = low + values[:-1] * (high - low)
 
-    timesteps = timesteps.astype(np.float64)
-    return Schedule(values.astype(np.float64), timesteps, timesteps if one_stage else np.trunc(timesteps))
+    return Schedule(values, timesteps, timesteps if one_stage else np.trunc(timesteps))
 
 
 def _checked_sigmas(sigmas: Sequence[float] | np.ndarray, points: int) -> np.ndarray:
     try:
-        values = np.asarray(sigmas)
-        values = values if values.dtype == np.float32 else values.astype(np.float64)
+        values = np.asarray(sigmas, np.float64)
     except (TypeError, ValueError):
         raise UserError(f"sigmas: must be numbers, got {sigmas!r}") from None
     if values.shape != (points,):
