@@ -69,6 +69,12 @@ class Layout(enum.Enum):
             return np.moveaxis(array, (-1, -2), (0, 1))
         return array.reshape(shape)
 
+    def row_axis(self, ndim: int) -> int | None:
+        """The axis of our array (of ``ndim`` axes) that is PyTorch's first axis; None if that axis was dropped."""
+        if self in (Layout.LINEAR, Layout.CONV):
+            return ndim - 1
+        return None if self is Layout.TABLE or ndim == 0 else 0
+
     def tree_shape(self, shape: Shape) -> Shape:
         if self is Layout.LINEAR:
             return shape[::-1]
@@ -168,6 +174,10 @@ def _transformer(config: TransformerConfig) -> list[TensorRule]:
                 table.linear(f"{block}.{attention}.{projection}", dim, dim)
             for norm in ("norm_q", "norm_k"):
                 table.add(f"{block}.{attention}.{norm}.weight", (dim,))
+        if config.added_kv_proj_dim is not None:  # created by the original and never used by its forward pass
+            for projection in ("add_k_proj", "add_v_proj"):
+                table.linear(f"{block}.attn2.{projection}", config.added_kv_proj_dim, dim)
+            table.add(f"{block}.attn2.norm_added_k.weight", (dim,))
         if config.is_amplify_history:
             scales = config.num_attention_heads if config.history_scale_mode == "per_head" else 1
             table.add(f"{block}.attn1.history_key_scale", (scales,))
@@ -364,8 +374,6 @@ _ALIASES: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
 # training-time history adapters, and a norm that diffusers ignores too.
 _IGNORABLE = re.compile(
     r"norm_added_q|^gan_heads\.|^gan_final_head\.|^blocks\.\d+\.attn1\.[qkv]_loras\.(down|up)\.weight$")
-# Extra projections of the cross-attention, created by added_kv_proj_dim and never used.
-_ADDED_PROJECTIONS = re.compile(r"^blocks\.\d+\.attn2\.(add_[kv]_proj\.(weight|bias)|norm_added_k\.weight)$")
 
 
 def canonical_name(component: str, name: str) -> str:
@@ -376,13 +384,9 @@ def canonical_name(component: str, name: str) -> str:
     return name
 
 
-def is_ignorable(component: str, config: Config, name: str) -> bool:
+def is_ignorable(component: str, name: str) -> bool:
     """Whether a checkpoint tensor may be left out because no forward pass uses it."""
-    if component != "transformer":
-        return False
-    if _IGNORABLE.search(name):
-        return True
-    return config.added_kv_proj_dim is not None and bool(_ADDED_PROJECTIONS.match(name))
+    return component == "transformer" and bool(_IGNORABLE.search(name))
 
 
 def match_names(component: str, config: Config, shapes: Mapping[str, Shape], where: str) -> dict[str, str]:
@@ -403,7 +407,7 @@ def match_names(component: str, config: Config, shapes: Mapping[str, Shape], whe
     for name in shapes:
         canonical = canonical_name(component, name)
         if canonical not in rules:
-            if not is_ignorable(component, config, name):
+            if not is_ignorable(component, name):
                 unexpected.append(name)
         elif canonical not in stored or name == canonical:  # of two aliases the published name wins
             stored[canonical] = name

@@ -85,10 +85,13 @@ def match_leaves(component: str, config: Config, params: Mapping[str, Any], wher
     problems = [listing(kind, names) for kind, names in (
         ("missing", [leaf.key for path, leaf in expected.items() if path not in found]),
         ("unexpected", ["/".join(path) for path in found if path not in expected]),
-        ("misshapen", [f"{leaf.key} is {list(np.shape(found[path]))}, expected {list(leaf.shape)}"
-                       for path, leaf in expected.items()
-                       if path in found and tuple(np.shape(found[path])) != leaf.shape]),
+        ("misshapen", [f"{leaf.key} is {list(_shape(found[path]))}, expected {list(leaf.shape)}"
+                       for path, leaf in expected.items() if path in found and _shape(found[path]) != leaf.shape]),
     ) if names]
     if problems:
         raise UserError(f"{where}: not the parameters of this {component}: {'; '.join(problems)}")
     return found
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape) if hasattr(leaf, "shape") else np.shape(leaf)
