@@ -237,13 +237,15 @@ class ModelIndex(_FromJson):
     """``model_index.json``: which pipeline the checkpoint is for, and its two flags.
 
     Base is HeliosPipeline; Mid is HeliosPyramidPipeline with ``is_cfg_zero_star``; Distilled is
-    HeliosPyramidPipeline with ``is_distilled`` and the DMD scheduler.
+    HeliosPyramidPipeline with ``is_distilled`` and the DMD scheduler. ``native_size`` (height, width) is this
+    project's own key ``_native_size``; diffusers skips keys with an underscore.
     """
 
     class_name: str = "HeliosPipeline"
     scheduler_class: str = "HeliosScheduler"
     is_cfg_zero_star: bool = False
     is_distilled: bool = False
+    native_size: tuple[int, int] = (384, 640)
 
     def __post_init__(self):
         _require(self.class_name in PIPELINE_CLASSES,
@@ -260,6 +262,7 @@ class ModelIndex(_FromJson):
             scheduler_class=scheduler[1] if isinstance(scheduler, (list, tuple)) and len(scheduler) == 2 else "",
             is_cfg_zero_star=bool(values.get("is_cfg_zero_star", False)),
             is_distilled=bool(values.get("is_distilled", False)),
+            native_size=_tuples(values.get("_native_size", cls.native_size)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -272,6 +275,8 @@ class ModelIndex(_FromJson):
             "transformer": ["diffusers", "HeliosTransformer3DModel"],
             "vae": ["diffusers", "AutoencoderKLWan"],
         }
+        if self.native_size != type(self).native_size:
+            index["_native_size"] = list(self.native_size)
         if self.class_name == "HeliosPyramidPipeline":
             index |= {"is_cfg_zero_star": self.is_cfg_zero_star, "is_distilled": self.is_distilled}
         return index
