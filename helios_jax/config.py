@@ -255,7 +255,7 @@ class ModelIndex(_FromJson):
                  f"the scheduler {self.scheduler_class} (is_distilled needs HeliosDMDScheduler and no other)")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModelIndex":
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelIndex:
         scheduler = values.get("scheduler", ["diffusers", "HeliosScheduler"])
         return cls(
             class_name=values.get("_class_name", ""),
