@@ -1,0 +1,192 @@
+"""Grain input pipelines: procedural clips for the autoencoder, pre-computed latents for the transformer.
+
+Both yield dicts of numpy arrays with the batch as leading axis, without end, and their iterators can save and restore
+their position (``get_state``, ``set_state``). Every random choice belongs to one item and one epoch: the same seed
+gives the same stream, whatever the number of reader threads, and no two epochs show an item in the same way. (The
+original's loader never told its workers the epoch, so a clip kept one section for the whole run.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import grain
+import numpy as np
+import safetensors.numpy
+
+from helios_jax.data import shapes
+from helios_jax.data.records import LatentRecord, decode_record
+from helios_jax.diffusion.history import HistoryLayout
+from helios_jax.errors import UserError
+
+# Clips of different seeds must not overlap: a run with seed s draws the clips s * 2^32 + 0, 1, 2, ...
+_CLIPS_PER_SEED = 2**32
+DATASET_FILE = "dataset.json"
+EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
+
+
+def clip_dataset(batch_size: int, seed: int, *, frames: int = 33, height: int = shapes.HEIGHT,
+                 width: int = shapes.WIDTH, split: str = "train", threads: int = 1) -> grain.IterDataset:
+    """Procedural clips, rendered on the fly; no clip comes twice.
+
+    Args:
+      batch_size: clips per batch.
+      seed: 0 to 2**31 - 1; different seeds show different clips.
+      frames, height, width: of every clip.
+      split: 'train' or 'held_out', see :mod:`helios_jax.data.shapes`.
+      threads: that render ahead.
+
+    Yields: ``{"video": uint8 [B, F, H, W, 3], "attributes": int32 [B, 4]}``; attributes are indices of the names in
+      ``shapes.ATTRIBUTE_VALUES``, in its order.
+
+    Raises:
+      UserError: a seed or split outside the allowed, sizes that cannot be rendered.
+    """
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed: 0 to {2**31 - 1} allowed, got {seed}")
+    shapes.sample_clip(0, split, frames, height, width)  # a wrong size or split is reported here, not by a thread
+
+    def render(index: int) -> dict[str, np.ndarray]:
+        clip = shapes.sample_clip(seed * _CLIPS_PER_SEED + index, split, frames, height, width)
+        values = dataclasses.asdict(clip.attributes)
+        attributes = [names.index(values[field]) for field, names in shapes.ATTRIBUTE_VALUES.items()]
+        return {"video": clip.frames, "attributes": np.array(attributes, np.int32)}
+
+    return (grain.MapDataset.range(_CLIPS_PER_SEED).map(render).batch(batch_size, drop_remainder=True)
+            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentFolder:
+    """What ``dataset.json`` of a folder of latent records says.
+
+    Attributes:
+      root: the folder.
+      num_records: clips.
+      sections: S, sections of every clip.
+      frames, height, width, channels: shape of one section's latents (latent rows and columns).
+      fps: frames per second of the clips.
+      text_rows: rows of the longest caption embedding; shorter ones are padded to it.
+      text_dim: D of the caption embeddings.
+      files: record files, in order.
+    """
+
+    root: Path
+    num_records: int
+    sections: int
+    frames: int
+    height: int
+    width: int
+    channels: int
+    fps: int
+    text_rows: int
+    text_dim: int
+    files: tuple[str, ...]
+
+    @classmethod
+    def open(cls, root: str | Path) -> LatentFolder:
+        """Reads the description and checks that every file is there.
+
+        Raises:
+          UserError: no such folder, no or a broken ``dataset.json``, missing record files.
+        """
+        root = Path(root)
+        path = root / DATASET_FILE
+        if not path.is_file():
+            raise UserError(f"data: {root} holds no dataset.json; build it with python -m "
+                            "helios_jax.data.build_latents")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            folder = cls(root=root, **{f.name: values[f.name] for f in dataclasses.fields(cls)
+                                       if f.name not in ("root", "files")}, files=tuple(values["files"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"data: {path} is damaged ({type(error).__name__}: {error})") from None
+        missing = [name for name in folder.files if not (root / name).is_file()]
+        if missing:
+            raise UserError(f"data: {root} lacks {len(missing)} of {len(folder.files)} record files, first "
+                            f"{missing[0]}")
+        return folder
+
+    def source(self) -> grain.sources.ArrayRecordDataSource:
+        """Random access to the serialised records.
+
+        Raises:
+          UserError: the files hold another number of records than the description says, or are no ArrayRecords.
+        """
+        try:
+            source = grain.sources.ArrayRecordDataSource([str(self.root / name) for name in self.files])
+            count = len(source)
+        except Exception as error:  # array_record raises bare RuntimeErrors for damaged files
+            raise UserError(f"data: {self.root} cannot be read ({type(error).__name__}: {error})") from None
+        if count != self.num_records:
+            raise UserError(f"data: {self.root} holds {count} records, its dataset.json says {self.num_records}")
+        return source
+
+    def empty_prompt(self) -> tuple[np.ndarray, int]:
+        """Embedding of the empty prompt, float32 [text_rows, D] with zeros behind it, and its number of rows.
+
+        Raises:
+          UserError: its file is missing or damaged.
+        """
+        path = self.root / EMPTY_PROMPT_FILE
+        try:
+            text = safetensors.numpy.load(path.read_bytes())["text"]
+        except Exception as error:  # the reader is a Rust extension with exceptions of its own
+            raise UserError(f"data: {path} cannot be read ({type(error).__name__}: {error})") from None
+        padded = np.zeros((self.text_rows, self.text_dim), np.float32)
+        padded[: len(text)] = text
+        return padded, len(text)
+
+
+def training_item(record: LatentRecord, rng: np.random.Generator, layout: HistoryLayout, text_rows: int
+                  ) -> dict[str, np.ndarray]:
+    """One training item of a record: a random section with its past, fresh posterior samples, a random phrasing.
+
+    Args:
+      record: of S sections.
+      rng: of this item and epoch.
+      layout: sizes of history and chunk.
+      text_rows: rows to which the caption's embedding is padded.
+
+    Returns: "anchor" [1, h, w, C], "history" [19, h, w, C], "target" [9, h, w, C] float32 normalised latents;
+      "section" int32 []; "text" [text_rows, D] float32; "text_length" int32 [].
+    """
+    sections = record.mean.shape[0]
+    section = int(rng.integers(sections))
+    phrasing = int(rng.integers(record.num_captions))
+    latents = record.sample(rng)  # [S, 9, h, w, C]
+    window = layout.training_window(latents.reshape(-1, *latents.shape[2:]), section)  # [S*9, h, w, C]
+    rows, length = record.caption_rows(phrasing, text_rows)
+    return {"anchor": window.anchor, "history": window.history, "target": window.target,
+            "section": np.int32(section), "text": rows, "text_length": np.int32(length)}
+
+
+def latent_dataset(root: str | Path, batch_size: int, seed: int, layout: HistoryLayout | None = None,
+                   threads: int = 1) -> grain.IterDataset:
+    """Shuffled training items from a folder of latent records; every epoch is in another order.
+
+    Args:
+      root: written by :mod:`helios_jax.data.build_latents`.
+      batch_size: items per batch; a batch may span two epochs.
+      seed: of order, sections, posterior samples and phrasings.
+      layout: sizes of history and chunk; the default is (16, 2, 1) and 9.
+      threads: that read and decode ahead.
+
+    Yields: the arrays of :func:`training_item`, stacked.
+
+    Raises:
+      UserError: see :class:`LatentFolder`; also if the chunk of ``layout`` differs from the stored sections.
+    """
+    layout = layout or HistoryLayout()
+    folder = LatentFolder.open(root)
+    if folder.frames != layout.chunk:
+        raise UserError(f"data: sections of {root} have {folder.frames} latent frames, the model's chunk {layout.chunk}")
+
+    def item(serialised: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return training_item(decode_record(serialised), rng, layout, folder.text_rows)
+
+    return (grain.MapDataset.source(folder.source()).seed(seed).shuffle().repeat().random_map(item)
+            .batch(batch_size, drop_remainder=True)
+            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))

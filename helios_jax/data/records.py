@@ -1,0 +1,78 @@
+"""The record of one clip: latents of its sections, captions, and the captions' embeddings.
+
+A record is a safetensors file in memory (a JSON header, then raw arrays): readable by anybody, no code runs when it is
+read. Latents are stored as mean and standard deviation of the VAE's posterior, not as one sample, so every epoch
+trains on fresh samples of it: a small data set would otherwise teach its particular noise, at no saving but disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from helios_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentRecord:
+    """One clip.
+
+    Attributes:
+      mean, std: [S, T, h, w, C] float16, normalised by the VAE's per-channel statistics (the standard deviation by
+        their scale). Every section is encoded by itself, so its first frame is a latent of a single image.
+      text: [n, D] float16, the embeddings of all captions one after another, without padding.
+      text_lengths: [K] int32, rows of each caption.
+      captions: K phrasings of what the clip shows.
+      info: anything worth keeping about the clip, JSON values.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    text: np.ndarray
+    text_lengths: np.ndarray
+    captions: tuple[str, ...]
+    info: dict[str, Any]
+
+    @property
+    def num_captions(self) -> int:
+        return len(self.text_lengths)
+
+    def sample(self, rng: np.random.Generator) -> np.ndarray:
+        """A sample of the posterior, float32 [S, T, h, w, C]."""
+        noise = rng.standard_normal(self.mean.shape, dtype=np.float32)
+        return self.mean.astype(np.float32) + self.std.astype(np.float32) * noise
+
+    def caption_rows(self, index: int, rows: int) -> tuple[np.ndarray, int]:
+        """Embedding of caption ``index``, float32 [rows, D] with zeros behind it, and its own number of rows."""
+        start, length = int(self.text_lengths[:index].sum()), int(self.text_lengths[index])
+        padded = np.zeros((rows, self.text.shape[1]), np.float32)
+        padded[:length] = self.text[start : start + length]
+        return padded, length
+
+
+def encode_record(record: LatentRecord) -> bytes:
+    """The serialised record."""
+    text = json.dumps({"captions": record.captions, "info": record.info}, ensure_ascii=False).encode()
+    return safetensors.numpy.save({
+        "mean": np.ascontiguousarray(record.mean, np.float16), "std": np.ascontiguousarray(record.std, np.float16),
+        "text": np.ascontiguousarray(record.text, np.float16),
+        "text_lengths": np.ascontiguousarray(record.text_lengths, np.int32),
+        "json": np.frombuffer(text, np.uint8)})
+
+
+def decode_record(serialised: bytes) -> LatentRecord:
+    """The record of its serialised form.
+
+    Raises:
+      UserError: the bytes are no such record.
+    """
+    try:
+        arrays = safetensors.numpy.load(serialised)
+        described = json.loads(arrays.pop("json").tobytes())
+        return LatentRecord(**arrays, captions=tuple(described["captions"]), info=described["info"])
+    except Exception as error:  # the reader is a Rust extension with exceptions of its own
+        raise UserError(f"data: a latent record is damaged ({type(error).__name__}: {error})") from None
