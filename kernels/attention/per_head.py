@@ -14,19 +14,48 @@ import jax.numpy as jnp
 MAX_LOGITS = 1 << 24  # float32 logits of one block: at most 64 MB
 
 
-def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """q: [S, D]; k, v: [K, D]; bias: [K] or None. Returns [S, D] float32."""
+def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """[S, D] x [K, D] -> float32 [S, K]."""
     scale = q.shape[-1] ** -0.5
     if q.dtype == jnp.float32:
-        logits = jnp.matmul(q * scale, k.T)  # [S, D] x [D, K] -> [S, K]; scaling q touches fewer numbers
+        logits = jnp.matmul(q * scale, k.T)  # scaling q touches fewer numbers
     else:  # a scaled q would be rounded once more
         logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * scale
-    if bias is not None:
-        logits = logits + bias
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    return logits if bias is None else logits + bias
+
+
+@jax.custom_vjp
+def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """q: [S, D]; k, v: [K, D]; bias: [K] float32, a constant, or None. Returns [S, D] float32."""
+    return _forward(q, k, v, bias)[0]
+
+
+def _forward(q, k, v, bias):
+    logits = _logits(q, k, bias)
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
     # Normalising after the product touches S x D numbers instead of S x K.
-    return jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    return out, (q, k, v, bias, out, top + jnp.log(total))
+
+
+def _backward(residuals, d_out):
+    """Recomputes the weights from the log-sum-exp [S, 1] instead of keeping [S, K] numbers per head."""
+    q, k, v, bias, out, lse = residuals
+    scale = q.shape[-1] ** -0.5
+    weights = jnp.exp(_logits(q, k, bias) - lse)
+
+    def product(a, b):
+        return jnp.matmul(a.astype(q.dtype), b.astype(q.dtype), preferred_element_type=jnp.float32)
+
+    d_weights = product(d_out, v.T)
+    d_logits = weights * (d_weights - (d_out * out).sum(-1, keepdims=True)) * scale
+    d_q, d_k, d_v = product(d_logits, k), product(d_logits.T, q), product(weights.T, d_out)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), jax.tree.map(jnp.zeros_like, bias)
+
+
+_one_head.defvjp(_forward, _backward)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
