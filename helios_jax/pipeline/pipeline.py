@@ -105,8 +105,6 @@ class HeliosPipeline:
         self.text_encoder = UMT5Encoder(folder.text_encoder, dtype)
         self.params = dict(params)
         self.variables = {"params": params["transformer"]} | ({"lora": lora} if lora else {})
-        self._prompts = text_path.PromptEncoder(self.text_encoder, params["text_encoder"],
-                                                text_path.Tokenizer.from_folder(folder.tokenizer))
         self._context = jax.jit(self.transformer.text_context)
         self._decode = jax.jit(functools.partial(_decode_chunk, self.vae))
         self._samplers: dict[Any, ChunkSampler] = {}
@@ -179,15 +177,13 @@ class HeliosPipeline:
         if unknown := sorted(set(fields) - names):
             raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(names))}")
         options = dataclasses.replace(options or SamplingOptions(), **fields)
-        prompts = check.checked_prompts("prompt", prompt)
+        prompts = prompt if isinstance(prompt, text_path.PromptEmbedding) else check.checked_prompts("prompt", prompt)
         batch = len(prompts)
         changes = checked_schedule(prompt_schedule) if prompt_schedule else ()
         if changes and batch > 1:
             raise UserError(f"prompt_schedule: goes with one prompt, got {batch}")
-        native = self.index.native_size
         steps = check.checked_steps(options.steps, self.index, self.scheduler)
-        size = check.Size.checked(native[0] if options.height is None else options.height,
-                                  native[1] if options.width is None else options.width, len(steps))
+        size = self.checked_size(options)
         check.checked_count("num_frames", options.num_frames)
         check.checked_count("zero_steps", options.zero_steps, 0)
         guidance_scale = check.checked_guidance(options.guidance_scale, self.index, options.allow_distilled_guidance)
@@ -203,6 +199,17 @@ class HeliosPipeline:
         negatives = check.broadcast("negative_prompt", check.checked_prompts("negative_prompt", negative_prompt), batch)
         return VideoStream(self, prompts, negatives, changes, plan, encoder, pixels, video is not None, source, size,
                            options)
+
+    def checked_size(self, options: SamplingOptions) -> check.Size:
+        """The pixel size of a run.
+
+        Raises:
+          UserError: a size the pyramid cannot halve; names the nearest allowed ones.
+        """
+        stages = len(check.checked_steps(options.steps, self.index, self.scheduler))
+        height, width = (native if asked is None else asked for native, asked in
+                         zip(self.index.native_size, (options.height, options.width), strict=True))
+        return check.Size.checked(height, width, stages)
 
     # -- pieces the stream runs ---------------------------------------------------------------------------------
 
