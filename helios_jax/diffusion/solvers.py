@@ -163,8 +163,8 @@ def _euler(schedule: Schedule) -> Coefficients:
 
 def _dmd(schedule: Schedule) -> Coefficients:
     n = schedule.num_steps
-    # The original finds a step's sigma by searching the truncated timestep, which for many steps (never for ten or
-    # fewer) can hit a neighbour.
+    # The original finds a step's sigma by searching the truncated timestep. With dozens of steps, or a very strong
+    # shift, that can hit a neighbour; it is reproduced.
     found = np.abs(schedule.timesteps[None] - np.trunc(schedule.timesteps)[:, None]).argmin(axis=1)  # [n, n] -> [n]
     sigma = schedule.sigmas[found]
     return _table(_plain(n) | {"sigma": sigma, "predict_toward": np.ones(n),
