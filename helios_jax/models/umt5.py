@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from helios_jax.config import TextEncoderConfig
 from helios_jax.models.layers import Array, Dtype, Linear
+from helios_jax.models.partition import unbox
 
 
 @functools.lru_cache(maxsize=64)
@@ -258,4 +259,4 @@ class UMT5Encoder(nn.Module):
         """Fresh parameters as a plain nested dict, distributed as the original initialises them for training."""
         ids = jnp.zeros((1, 2), jnp.int32)
         # Compiled, so that the forward pass of the trace is dropped instead of run.
-        return jax.jit(lambda key: nn.meta.unbox(self.init(key, ids, ids == 0)["params"]))(key)
+        return jax.jit(lambda key: unbox(self.init(key, ids, ids == 0)["params"]))(key)
