@@ -148,14 +148,14 @@ def _write_folder(out: Path, format: str, sources: Mapping[str, LeafSource], con
         needed = sum(sizes.values()) // (2 if format == "orbax" else 1)
         free = shutil.disk_usage(building).free
         if needed > free:
-            raise UserError(f"{out}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
+            raise UserError(f"{out}: needs {readable_bytes(needed)}, the disk has {readable_bytes(free)} left")
         write_json(building / "model_index.json", index)
         write_json(building / "scheduler" / "scheduler_config.json", scheduler)
         if tokenizer is not None:
             shutil.copytree(tokenizer, building / "tokenizer")
         for component, source in sources.items():
             tensors = len(tensor_rules(component, source.config))
-            report(f"{component}: {tensors} tensors, {sizes[component] / 1e9:.2f} GB")
+            report(f"{component}: {tensors} tensors, {readable_bytes(sizes[component])}")
             folder = building / component
             write_json(folder / "config.json", configs[component])
             if format == "orbax":
@@ -164,6 +164,10 @@ def _write_folder(out: Path, format: str, sources: Mapping[str, LeafSource], con
                 save_leaves(folder / ORBAX_FOLDER, source)
             else:
                 write_safetensors_component(folder, source, max_shard_bytes)
+
+
+def readable_bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def write_safetensors_component(folder: Path, source: LeafSource, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -254,6 +258,4 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(building, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
-        if isinstance(error, Exception) and "No space left on device" in str(error):  # TensorStore's wording
-            raise UserError(f"{out}: cannot be written (No space left on device)") from error
         raise

@@ -8,9 +8,12 @@ restores only its shards of a parameter reads little else.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,10 @@ from helios_jax.convert.rules import Config, Leaf, leaves, param_dtype, unflatte
 from helios_jax.convert.sources import Index, LeafSource, block_indices, block_shape
 from helios_jax.convert.state_dict import match_leaves
 from helios_jax.errors import UserError
+
+
+# Leaves are written side by side up to this size in total.
+CONCURRENT_BYTES = 64 << 20
 
 
 class _PendingLeaf:
@@ -46,14 +53,24 @@ class _PendingLeafHandler(type_handlers.TypeHandler):
         return "jax.Array"  # recorded in the checkpoint, so that Orbax restores with its own handler
 
     async def serialize(self, values, infos, args=None):
+        group, size = [], 0
         for pending, info in zip(values, infos, strict=True):
-            spec = type_handlers.get_json_tspec_write(
-                info, use_ocdbt=info.is_ocdbt_checkpoint, global_shape=pending.shape,
-                local_shape=block_shape(pending.leaf, pending.dtype), dtype=pending.dtype, process_index=0)
-            array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-            for index, block in pending.source.blocks(pending.leaf):
-                await array[index].write(block, can_reference_source_data_indefinitely=True)
+            # Every commit of a small leaf waits for the disk, so small ones are written side by side.
+            if group and size + pending.nbytes > CONCURRENT_BYTES:
+                await asyncio.gather(*group)
+                group, size = [], 0
+            group.append(self._write(pending, info))
+            size += pending.nbytes
+        await asyncio.gather(*group)
         return []
+
+    async def _write(self, pending: _PendingLeaf, info) -> None:
+        spec = type_handlers.get_json_tspec_write(
+            info, use_ocdbt=info.is_ocdbt_checkpoint, global_shape=pending.shape,
+            local_shape=block_shape(pending.leaf, pending.dtype), dtype=pending.dtype, process_index=0)
+        array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+        for index, block in pending.source.blocks(pending.leaf):
+            await array[index].write(block, can_reference_source_data_indefinitely=True)
 
     async def deserialize(self, infos, args=None):
         raise NotImplementedError("pending leaves are only written")
@@ -66,11 +83,20 @@ def save_leaves(folder: str | Path, source: LeafSource) -> None:
     """Writes a component's parameters as one Orbax checkpoint, in one process.
 
     Peak memory beyond the source's own is a few blocks: a layer of the largest stacked parameter.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
     """
     tree = unflatten([(leaf.path, _PendingLeaf(source, leaf)) for leaf in leaves(source.component, source.config)])
     registry = type_handlers.create_type_handler_registry((_PendingLeaf, _PendingLeafHandler()))
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
-        checkpointer.save(Path(folder).absolute(), args=ocp.args.PyTreeSave(tree))
+    try:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+            checkpointer.save(Path(folder).absolute(), args=ocp.args.PyTreeSave(tree))
+    except ValueError as error:  # how TensorStore reports a failed system call
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def restore_params(folder: str | Path, component: str, config: Config, dtype: Any, sharding_of) -> dict[str, Any]:
