@@ -29,7 +29,6 @@ from helios_jax.convert.sources import Index, LeafSource, block_indices, block_s
 from helios_jax.convert.state_dict import match_leaves
 from helios_jax.errors import UserError
 
-
 # Leaves are written side by side up to this size in total.
 CONCURRENT_BYTES = 64 << 20
 
