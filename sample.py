@@ -101,9 +101,8 @@ def options(argv: list[str]) -> dict[str, Any]:
     for one, other in (("prompt", "prompts_file"), ("image", "video"), ("prompts_file", "prompt_schedule")):
         if one in given and other in given:
             raise UserError(f"--{one} and --{other}: give one of them, not both")
-    if "prompt" not in given and "prompts_file" not in given:
-        if "prompt_schedule" not in given:
-            raise UserError("--prompt: needed (or --prompts_file); see --help")
+    if not {"prompt", "prompts_file", "prompt_schedule"} & set(given):
+        raise UserError("--prompt: needed (or --prompts_file); see --help")
     return given
 
 

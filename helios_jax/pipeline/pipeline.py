@@ -105,7 +105,7 @@ class HeliosPipeline:
         self.text_encoder = UMT5Encoder(folder.text_encoder, dtype)
         self.params = dict(params)
         self.variables = {"params": params["transformer"]} | ({"lora": lora} if lora else {})
-        self._context = jax.jit(self.transformer.text_context)
+        self._context = jax.jit(self.transformer.text_context, static_argnames="total")
         self._decode = jax.jit(functools.partial(_decode_chunk, self.vae))
         self._samplers: dict[Any, ChunkSampler] = {}
 
@@ -147,9 +147,9 @@ class HeliosPipeline:
 
     def stream(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | text_path.PromptEmbedding,
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | text_path.PromptEmbedding = "",
         image: np.ndarray | None = None,
         video: np.ndarray | None = None,
         prompt_schedule: Sequence[Any] = (),
@@ -162,8 +162,8 @@ class HeliosPipeline:
         All checks of the request happen here, before the first step.
 
         Args:
-          prompt: one or several (a batch of videos).
-          negative_prompt: one for all or one per prompt; read only where guidance is on.
+          prompt: one or several (a batch of videos), as text or encoded.
+          negative_prompt: one for all or one per prompt; read only where guidance is on. Encoded: one per prompt.
           image: [H, W, 3] or [B, H, W, 3] float in [-1, 1] of the asked size: image to video.
           video: [F, H, W, 3] or [B, F, H, W, 3] float in [-1, 1] of the asked size: video to video.
           prompt_schedule: prompt changes, see :func:`helios_jax.pipeline.prompts.checked_schedule`; for one prompt.
@@ -177,7 +177,8 @@ class HeliosPipeline:
         if unknown := sorted(set(fields) - names):
             raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(names))}")
         options = dataclasses.replace(options or SamplingOptions(), **fields)
-        prompts = prompt if isinstance(prompt, text_path.PromptEmbedding) else check.checked_prompts("prompt", prompt)
+        embedded = isinstance(prompt, text_path.PromptEmbedding)
+        prompts = prompt if embedded else check.checked_prompts("prompt", prompt)
         batch = len(prompts)
         changes = checked_schedule(prompt_schedule) if prompt_schedule else ()
         if changes and batch > 1:
@@ -196,7 +197,10 @@ class HeliosPipeline:
                                       amplify_first_chunk=options.amplify_first_chunk)
         encoder = ConditionEncoder(self.vae, self.params["vae"], self.folder.vae, plan.layout, options.condition_sigma)
         pixels = _checked_pixels("image" if video is None else "video", image if video is None else video, batch, size)
-        negatives = check.broadcast("negative_prompt", check.checked_prompts("negative_prompt", negative_prompt), batch)
+        negatives = negative_prompt
+        if not isinstance(negatives, text_path.PromptEmbedding):
+            texts = check.checked_prompts("negative_prompt", negative_prompt)
+            negatives = check.broadcast("negative_prompt", texts, batch)
         return VideoStream(self, prompts, negatives, changes, plan, encoder, pixels, video is not None, source, size,
                            options)
 
@@ -221,12 +225,18 @@ class HeliosPipeline:
                                                self.folder.vae.z_dim)
         return self._samplers[key]
 
-    def embed(self, prompts: Sequence[str]) -> text_path.PromptEmbedding:
-        return self._prompts(prompts)
+    @functools.cached_property
+    def _prompt_encoder(self) -> text_path.PromptEncoder:
+        tokenizer = text_path.Tokenizer.from_folder(self.folder.tokenizer)
+        return text_path.PromptEncoder(self.text_encoder, self.params["text_encoder"], tokenizer)
+
+    def embed(self, prompts: Sequence[str] | text_path.PromptEmbedding) -> text_path.PromptEmbedding:
+        """Encoded prompts; embeddings pass through."""
+        return prompts if isinstance(prompts, text_path.PromptEmbedding) else self._prompt_encoder(prompts)
 
     def context(self, embedding: text_path.PromptEmbedding) -> TextContext:
         """Cross-attention keys and values of every layer for a batch of prompt embeddings."""
-        return self._context(self.variables, embedding.rows, embedding.lengths)
+        return self._context(self.variables, embedding.rows, embedding.lengths, total=embedding.total_rows)
 
     def decode(self, latents: Array) -> Array:
         """Normalised latents [B, T, h, w, 16] -> frames [B, 1 + 4(T-1), H, W, 3] float32 in [0, 1]."""
@@ -241,10 +251,10 @@ class VideoStream(Iterator[Chunk]):
       position: index of the chunk that comes next.
     """
 
-    def __init__(self, pipeline: HeliosPipeline, prompts: tuple[str, ...], negatives: tuple[str, ...],
-                 changes: Sequence[PromptChange], plan: SamplingPlan, encoder: ConditionEncoder,
-                 pixels: np.ndarray | None, is_video: bool, source: NoiseSource, size: check.Size,
-                 options: SamplingOptions):
+    def __init__(self, pipeline: HeliosPipeline, prompts: Sequence[str] | text_path.PromptEmbedding,
+                 negatives: Sequence[str] | text_path.PromptEmbedding, changes: Sequence[PromptChange],
+                 plan: SamplingPlan, encoder: ConditionEncoder, pixels: np.ndarray | None, is_video: bool,
+                 source: NoiseSource, size: check.Size, options: SamplingOptions):
         self.num_frames, self.size = options.num_frames, size
         self.window = encoder.window
         self.num_chunks = -(-options.num_frames // self.window)
@@ -266,14 +276,18 @@ class VideoStream(Iterator[Chunk]):
             return encoder.empty(self._batch, self.size.height, self.size.width)
         return (encoder.video if is_video else encoder.image)(self._source, jnp.asarray(pixels))
 
-    def set_prompt(self, prompt: str | Sequence[str], blend: int = 0) -> None:
+    def set_prompt(self, prompt: str | Sequence[str] | text_path.PromptEmbedding, blend: int = 0) -> None:
         """Changes the prompt from the next chunk on, at once or blended over ``blend`` chunks.
 
         Raises:
           UserError: the number of prompts differs from the run's batch.
         """
-        prompts = check.broadcast("prompt", check.checked_prompts("prompt", prompt), self._batch)
-        self._track.change(self.position, self._pipeline.embed(prompts), blend)
+        if isinstance(prompt, text_path.PromptEmbedding):
+            if len(prompt) != self._batch:
+                raise UserError(f"prompt: {self._batch} expected, got {len(prompt)}")
+        else:
+            prompt = check.broadcast("prompt", check.checked_prompts("prompt", prompt), self._batch)
+        self._track.change(self.position, self._pipeline.embed(prompt), blend)
 
     def __iter__(self) -> VideoStream:
         return self
