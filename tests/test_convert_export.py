@@ -11,7 +11,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from convert_folders import (
+
+from helios_jax.config import ModelIndex, SchedulerConfig, read_json
+from helios_jax.convert import load_component, load_pipeline_params
+from helios_jax.convert.__main__ import main
+from helios_jax.convert.export import atomic_folder, convert_model, export_pipeline
+from helios_jax.convert.folder import write_json
+from helios_jax.convert.rules import flatten
+from helios_jax.errors import UserError
+from tests.convert_folders import (
     CONFIGS,
     SCHEDULER,
     TEXT_ENCODER,
@@ -23,14 +31,6 @@ from convert_folders import (
     write_model,
     write_tokenizer,
 )
-
-from helios_jax.config import ModelIndex, SchedulerConfig, read_json
-from helios_jax.convert import load_component, load_pipeline_params
-from helios_jax.convert.__main__ import main
-from helios_jax.convert.export import atomic_folder, convert_model, export_pipeline
-from helios_jax.convert.folder import write_json
-from helios_jax.convert.rules import flatten
-from helios_jax.errors import UserError
 
 MID = (ModelIndex("HeliosPyramidPipeline", is_cfg_zero_star=True), SchedulerConfig(use_dynamic_shifting=True))
 DISTILLED = (ModelIndex("HeliosPyramidPipeline", "HeliosDMDScheduler", is_distilled=True),

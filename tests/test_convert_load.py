@@ -9,7 +9,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from convert_folders import CONFIGS, TRANSFORMER, VAE, assert_trees_equal, state_dict, write_model
 
 from helios_jax.config import ModelIndex
 from helios_jax.convert import load_component, load_pipeline_params, params_from_torch_state_dict, resolve_model
@@ -18,6 +17,7 @@ from helios_jax.convert.rules import flatten, leaves, param_dtype
 from helios_jax.convert.safetensors_io import SafetensorsFile, write_safetensors
 from helios_jax.convert.sources import SafetensorsSource, TreeSource
 from helios_jax.errors import UserError
+from tests.convert_folders import CONFIGS, TRANSFORMER, VAE, assert_trees_equal, state_dict, write_model
 
 
 @pytest.fixture(scope="module")

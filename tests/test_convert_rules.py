@@ -32,7 +32,6 @@ TRANSFORMERS = [
     dataclasses.replace(TINY_TRANSFORMER, is_amplify_history=True),
     dataclasses.replace(TINY_TRANSFORMER, is_amplify_history=True, history_scale_mode="scalar"),
     dataclasses.replace(TINY_TRANSFORMER, out_channels=8, guidance_cross_attn=False),
-    dataclasses.replace(TINY_TRANSFORMER, added_kv_proj_dim=5),
 ]
 VAES = [
     VAEConfig(),
@@ -177,6 +176,17 @@ def test_the_text_embedding_is_found_under_either_of_its_tied_names(names):
     state |= dict.fromkeys(names, shared)
     tree = params_from_torch_state_dict("text_encoder", TINY_TEXT, state)
     np.testing.assert_array_equal(tree["shared"]["weight"], shared)
+
+
+def test_unused_added_projections_are_left_out_only_where_the_config_has_them():
+    config = dataclasses.replace(TINY_TRANSFORMER, added_kv_proj_dim=4)
+    extra = meta_shapes("transformer", config).keys() - {r.name for r in tensor_rules("transformer", config)}
+    assert extra == {f"blocks.{i}.attn2.{name}" for i in range(3) for name in (
+        "add_k_proj.weight", "add_k_proj.bias", "add_v_proj.weight", "add_v_proj.bias", "norm_added_k.weight")}
+    state = random_state_dict("transformer", TINY_TRANSFORMER) | dict.fromkeys(extra, np.zeros(1, np.float32))
+    params_from_torch_state_dict("transformer", config, state)
+    with pytest.raises(UserError, match="15 unexpected"):
+        params_from_torch_state_dict("transformer", TINY_TRANSFORMER, state)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_all_listed_in_one_error():

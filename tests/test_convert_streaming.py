@@ -11,13 +11,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from convert_folders import write_model
 
 from helios_jax.config import TransformerConfig
 from helios_jax.convert.export import config_json, write_safetensors_component
 from helios_jax.convert.folder import write_json
 from helios_jax.convert.rules import leaves
 from helios_jax.convert.sources import block_indices
+from tests.convert_folders import write_model
 
 # Runs the converter and prints the peak resident size of that process image alone (ru_maxrss would inherit ours).
 MEASURE = """

@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-from convert_folders import TRANSFORMER, assert_trees_equal, random_params, write_model
 
 from helios_jax.config import ModelIndex
 from helios_jax.convert import init_history_patches, load_component, load_pipeline_params, load_wan_transformer
@@ -15,6 +14,7 @@ from helios_jax.convert.__main__ import main
 from helios_jax.convert.rules import flatten
 from helios_jax.convert.wan import transformer_config_from_wan
 from helios_jax.errors import UserError
+from tests.convert_folders import TRANSFORMER, assert_trees_equal, random_params, write_model
 
 HISTORY = ("patch_short", "patch_mid", "patch_long")
 WAN_CONFIG = {

@@ -95,6 +95,8 @@ def convert_model(model: Path, out: str | Path, format: str = "orbax", dtype: An
             configs, index = {}, read_json(model / "model_index.json")
             scheduler = read_json(model / "scheduler" / "scheduler_config.json")
         configs = {c: read_json(model / c / "config.json") for c in sources} | configs
+        if configs["transformer"].get("added_kv_proj_dim") is not None:
+            configs["transformer"]["added_kv_proj_dim"] = None  # its unused projections were left out
         _write_folder(out, format, sources, configs, index, scheduler, folder.tokenizer, max_shard_bytes, overwrite,
                       report)
 
@@ -116,7 +118,9 @@ def config_json(component: str, config: Config) -> dict[str, Any]:
                 "dense_act_fn": "gelu_new", "is_gated_act": True, "pad_token_id": 0, "eos_token_id": 1,
                 "decoder_start_token_id": 0, "dropout_rate": 0.1, "tokenizer_class": "T5Tokenizer"} | config.to_dict()
     name = {"transformer": "HeliosTransformer3DModel", "vae": "AutoencoderKLWan"}[component]
-    return {"_class_name": name, "_diffusers_version": "0.42.1"} | config.to_dict()
+    values = {"_class_name": name, "_diffusers_version": "0.42.1"} | config.to_dict()
+    # Its projections are never used and no parameters of ours.
+    return values | ({"added_kv_proj_dim": None} if component == "transformer" else {})
 
 
 def scheduler_json(config: SchedulerConfig) -> dict[str, Any]:

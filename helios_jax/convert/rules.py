@@ -174,10 +174,6 @@ def _transformer(config: TransformerConfig) -> list[TensorRule]:
                 table.linear(f"{block}.{attention}.{projection}", dim, dim)
             for norm in ("norm_q", "norm_k"):
                 table.add(f"{block}.{attention}.{norm}.weight", (dim,))
-        if config.added_kv_proj_dim is not None:  # created by the original and never used by its forward pass
-            for projection in ("add_k_proj", "add_v_proj"):
-                table.linear(f"{block}.attn2.{projection}", config.added_kv_proj_dim, dim)
-            table.add(f"{block}.attn2.norm_added_k.weight", (dim,))
         if config.is_amplify_history:
             scales = config.num_attention_heads if config.history_scale_mode == "per_head" else 1
             table.add(f"{block}.attn1.history_key_scale", (scales,))
@@ -374,6 +370,8 @@ _ALIASES: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
 # training-time history adapters, and a norm that diffusers ignores too.
 _IGNORABLE = re.compile(
     r"norm_added_q|^gan_heads\.|^gan_final_head\.|^blocks\.\d+\.attn1\.[qkv]_loras\.(down|up)\.weight$")
+# Projections of the cross-attention that added_kv_proj_dim creates and that the forward pass never reads.
+_ADDED_PROJECTIONS = re.compile(r"^blocks\.\d+\.attn2\.(add_[kv]_proj\.(weight|bias)|norm_added_k\.weight)$")
 
 
 def canonical_name(component: str, name: str) -> str:
@@ -384,9 +382,12 @@ def canonical_name(component: str, name: str) -> str:
     return name
 
 
-def is_ignorable(component: str, name: str) -> bool:
+def is_ignorable(component: str, config: Config, name: str) -> bool:
     """Whether a checkpoint tensor may be left out because no forward pass uses it."""
-    return component == "transformer" and bool(_IGNORABLE.search(name))
+    if component != "transformer":
+        return False
+    return bool(_IGNORABLE.search(name)
+                or (config.added_kv_proj_dim is not None and _ADDED_PROJECTIONS.match(name)))
 
 
 def match_names(component: str, config: Config, shapes: Mapping[str, Shape], where: str) -> dict[str, str]:
@@ -407,7 +408,7 @@ def match_names(component: str, config: Config, shapes: Mapping[str, Shape], whe
     for name in shapes:
         canonical = canonical_name(component, name)
         if canonical not in rules:
-            if not is_ignorable(component, name):
+            if not is_ignorable(component, config, name):
                 unexpected.append(name)
         elif canonical not in stored or name == canonical:  # of two aliases the published name wins
             stored[canonical] = name
