@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
 from helios_jax.config import TransformerConfig
@@ -76,10 +77,9 @@ class PatchEmbedding(nn.Module):
                             self.param_dtype)
         bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (self.features,),
                           self.param_dtype)
-        b, t, h, w = (size // k for size, k in zip(x.shape[:4], (1, kt, kh, kw), strict=True))
-        x = x[:, : t * kt, : h * kh, : w * kw].astype(self.dtype)
-        x = x.reshape(b, t, kt, h, kh, w, kw, channels).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-        x = x.reshape(b, t, h, w, kt * kh * kw * channels)  # one row per patch
+        t, h, w = (size // k * k for size, k in zip(x.shape[1:4], self.patch, strict=True))
+        x = x[:, :t, :h, :w].astype(self.dtype)
+        x = rearrange(x, "b (t kt) (y kh) (x kw) c -> b t y x (kt kh kw c)", kt=kt, kh=kh, kw=kw)
         y = matmul_float32(x, kernel.reshape(-1, self.features))  # -> [B, t, y, x, C]
         if self.has_variable("lora", "a"):
             a = self.get_variable("lora", "a")  # [kt, kh, kw, C_in, r]
@@ -350,9 +350,7 @@ class OutputHead(nn.Module):
 
 def unpatchify(x: Array, frames: int, rows: int, columns: int) -> Array:
     """[B, T*y*x, 4*C] with the channel fastest -> latents [B, T, 2y, 2x, C]."""
-    b, channels = x.shape[0], x.shape[-1] // 4
-    x = x.reshape(b, frames, rows, columns, 2, 2, channels).transpose(0, 1, 2, 4, 3, 5, 6)
-    return x.reshape(b, frames, 2 * rows, 2 * columns, channels)
+    return rearrange(x, "b (t y x) (kh kw c) -> b t (y kh) (x kw) c", t=frames, y=rows, x=columns, kh=2, kw=2)
 
 
 def _replicate_pad(x: Array, multiple: tuple[int, int, int]) -> Array:
@@ -438,11 +436,11 @@ class HeliosTransformer:
         """
         config = self.config
         params, lora = variables["params"], variables.get("lora") or {}
-        b, frames, height, width, _ = latents.shape
+        _, frames, height, width, _ = latents.shape
         rows, columns = height // 2, width // 2
 
         x = self._run(self._patch("patch_embedding"), "patch_embedding", params, lora, latents)
-        x = x.reshape(b, frames * rows * columns, config.dim)  # [B, T, y, x, C] -> [B, S_current, C]
+        x = rearrange(x, "b t y x c -> b (t y x) c")
         history_length = 0
         if history is not None:
             if isinstance(history, History):
@@ -484,7 +482,7 @@ class HeliosTransformer:
                                  ("patch_short", history.short, 1)):
             padded = _replicate_pad(latents, (k, 2 * k, 2 * k)) if k > 1 else latents
             x = self._run(self._patch(name), name, params, lora, padded)
-            parts.append(x.reshape(x.shape[0], -1, x.shape[-1]))  # [B, t, y, x, C] -> [B, S_tier, C]
+            parts.append(rearrange(x, "b t y x c -> b (t y x) c"))
         return jnp.concatenate(parts, axis=1)
 
     def text_rows(self, variables: Mapping[str, Any], rows: Array, lengths: Array, total: int = 512) -> TextRows:
