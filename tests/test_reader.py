@@ -59,6 +59,14 @@ def test_shuffled_captions_are_near_chance(clean):
         assert shuffled[field] == pytest.approx(chance[field], abs=0.05)
 
 
+def test_crossing_an_edge_disturbs_no_measurement():
+    for direction in shapes.DIRECTIONS:
+        attributes = Attributes("cyan", "triangle", direction, "light")
+        found = reader.read(shapes.render(attributes, (0.01, 0.99), 24))
+        assert found.confidence == dict.fromkeys(("colour", "shape", "background", "direction"), 1.0)
+        np.testing.assert_allclose(found.velocity, shapes.DIRECTIONS[direction], atol=0.02)
+
+
 def test_float_and_uint8_frames_read_the_same():
     clip = shapes.render(CROSS, (0.9, 0.1), 33)
     assert reader.read(clip) == reader.read(clip / 255)
