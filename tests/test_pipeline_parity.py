@@ -7,6 +7,7 @@ original pipelines, which cannot draw block noise on a CPU unless its covariance
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -52,6 +53,7 @@ def embedding(tag: str, batch: int = 1) -> PromptEmbedding:
     return PromptEmbedding(jnp.asarray(rows), jnp.full(batch, 6, jnp.int32), 6)
 
 
+@functools.lru_cache(maxsize=8)  # compiled programs live in the pipeline
 def pipeline(variant: str, transformer=TINY_TRANSFORMER, scheduler=None) -> HeliosPipeline:
     folder = ModelFolder(Path("."), "diffusers", INDEX[variant], transformer, TINY_VAE, TINY_TEXT,
                          scheduler or SCHEDULER[variant])
