@@ -24,14 +24,14 @@ import numpy as np
 import safetensors.numpy
 from array_record.python import array_record_module
 
-from helios_jax.data import shapes
+from helios_jax.data import phrases, shapes
 from helios_jax.data.pipeline import DATASET_FILE, EMPTY_PROMPT_FILE
 from helios_jax.data.records import LatentRecord, encode_record
 from helios_jax.errors import UserError, command_line
 
 SECTION_FRAMES = 33  # RGB frames of a section: 9 latent frames
-# Where the first stage's clip seeds begin: far from those that the autoencoder's pipeline draws.
-FIRST_CLIP_SEED = 2**63
+# Far from the seeds that the autoencoder's training, statistics and evaluation draw.
+FIRST_CLIP_SEED = 2**63 + 2**40
 
 # [b, 33, H, W, 3] uint8 -> mean and std of the normalised posterior, each [b, 9, h, w, C] float.
 EncodeVideo = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -74,11 +74,15 @@ class BuildConfig:
 
 
 def clip_captions(config: BuildConfig, record: int) -> tuple[str, ...]:
-    """The K phrasings of one record's caption, functions of its seed alone; the first is the clip's own."""
+    """The K phrasings of one record's caption, functions of its seed alone.
+
+    The first is the clip's own; every second one is freer English (:mod:`helios_jax.data.phrases`).
+    """
     seed = config.first_seed + record
     clip = shapes.sample_clip(seed, config.split, 1, config.height, config.width)
     rng = np.random.RandomState([2, seed & 0xFFFFFFFF, seed >> 32])  # 0 and 1 are the streams of the clips themselves
-    others = [shapes.caption(clip.attributes, rng) for _ in range(config.phrasings - 1)]
+    writers = (shapes.caption, phrases.free_caption)
+    others = [writers[i % 2](clip.attributes, rng) for i in range(1, config.phrasings)]
     return (clip.caption, *others)
 
 
@@ -211,6 +215,29 @@ def video_encoder(folder: str | Path) -> tuple[EncodeVideo, str]:
     return encode, _fingerprint(params)
 
 
+def text_encoder(folder: str | Path) -> tuple[EncodeText, str]:
+    """``encode_text`` and the fingerprint of the text encoder in a model folder, computing in float32."""
+    import jax.numpy as jnp
+
+    from helios_jax.convert import load_component
+    from helios_jax.convert.folder import read_component_config
+    from helios_jax.models.umt5 import UMT5Encoder
+    from helios_jax.text import PromptEncoder, Tokenizer
+
+    folder = Path(folder)
+    config = read_component_config(folder / "text_encoder", "text_encoder")
+    params = load_component(folder / "text_encoder", "text_encoder", config, dtype=jnp.float32)
+    encoder = PromptEncoder(UMT5Encoder(config), params, Tokenizer.from_folder(folder / "tokenizer"), batch_size=64,
+                            cache_size=0)
+
+    def encode(captions: Sequence[str]) -> list[np.ndarray]:
+        embedding = encoder(captions)
+        rows = np.asarray(embedding.rows)
+        return [row[:length] for row, length in zip(rows, np.asarray(embedding.lengths), strict=True)]
+
+    return encode, _fingerprint(params)
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m helios_jax.data.build_latents",
@@ -229,8 +256,6 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= worker < workers:
         raise UserError(f"worker: i/n with 0 <= i < n expected, got {arguments.worker!r}")
     config = BuildConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(BuildConfig)})
-    from helios_jax.data.text import text_encoder
-
     encode_video, vae_identity = video_encoder(arguments.model)
     encode_text, text_identity = text_encoder(arguments.model)
     build(config, arguments.output, encode_video, encode_text, identity=f"vae {vae_identity} text {text_identity}",

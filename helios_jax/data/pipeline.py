@@ -182,7 +182,8 @@ def latent_dataset(root: str | Path, batch_size: int, seed: int, layout: History
     layout = layout or HistoryLayout()
     folder = LatentFolder.open(root)
     if folder.frames != layout.chunk:
-        raise UserError(f"data: sections of {root} have {folder.frames} latent frames, the model's chunk {layout.chunk}")
+        raise UserError(f"data: sections of {root} have {folder.frames} latent frames, the model's chunk "
+                        f"{layout.chunk}")
 
     def item(serialised: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return training_item(decode_record(serialised), rng, layout, folder.text_rows)

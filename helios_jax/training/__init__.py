@@ -9,6 +9,7 @@
     metrics.py      JSONL and TensorBoard scalars, sample videos
     corruption.py   history corruption against drift
     stage1.py       the stage-1 objective (flow matching with history injection)
+    validation.py   sample videos during training, and the export of a trained transformer
 
 Every random number of a step is derived from (seed, step), and the position in the data is part of the checkpoint,
 so a run that is killed and resumed computes bitwise the same losses as one that was not.

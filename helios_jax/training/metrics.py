@@ -6,13 +6,13 @@ import json
 import math
 import os
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from helios_jax.errors import UserError
+from helios_jax.video import VideoWriter
 
 
 class MetricWriter(Protocol):
@@ -50,7 +50,7 @@ class JsonlWriter:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept), encoding="utf-8")
             os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")  # noqa: SIM115 (open for the life of the writer)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -86,21 +86,6 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-def save_video(path: str | Path, frames: np.ndarray, fps: int) -> None:
-    """Writes uint8 [F, H, W, 3] as H.264 mp4 (odd sizes lose their last row or column, a limit of the format)."""
-    import av
-
-    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-
-
 class VideoFileWriter:
     """Sample videos as ``<workdir>/samples/<step>_<name>.mp4``."""
 
@@ -111,8 +96,8 @@ class VideoFileWriter:
         del step, values
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: int) -> None:
-        self._folder.mkdir(exist_ok=True)
-        save_video(self._folder / f"{step:08d}_{name}.mp4", frames, fps)
+        with VideoWriter(self._folder / f"{step:08d}_{name}.mp4", fps) as writer:
+            writer.append(frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2])  # mp4 needs even sizes
 
     def close(self) -> None:
         pass

@@ -23,6 +23,7 @@ PyTree = Any
 OBJECTIVES = {
     "autoencoder": "helios_jax.training.autoencoder",
     "stage1": "helios_jax.training.stage1",
+    "text_encoder": "helios_jax.training.text_encoder",
 }
 
 
