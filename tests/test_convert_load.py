@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -13,6 +17,7 @@ import pytest
 from helios_jax.config import ModelIndex
 from helios_jax.convert import load_component, load_pipeline_params, params_from_torch_state_dict, resolve_model
 from helios_jax.convert.export import write_safetensors_component
+from helios_jax.convert.load import _shard_reader
 from helios_jax.convert.rules import flatten, leaves, param_dtype
 from helios_jax.convert.safetensors_io import SafetensorsFile, write_safetensors
 from helios_jax.convert.sources import SafetensorsSource, TreeSource
@@ -128,6 +133,50 @@ def test_parameters_are_loaded_into_the_asked_sharding(published, as_):
     loaded = load_component(published[0] / "vae", "vae", sharding=sharding)
     assert_trees_equal(loaded, published[1]["vae"])
     assert isinstance(loaded["quant_conv"]["kernel"].sharding, jax.sharding.NamedSharding)
+
+
+def test_shards_on_eight_devices_read_the_right_parts():
+    """In a process of its own, because the number of devices is fixed at its start."""
+    code = """
+import jax, numpy as np, sys, tempfile, pathlib
+from tests.convert_folders import CONFIGS, assert_trees_equal, write_model
+from helios_jax.convert import load_component
+folder = pathlib.Path(tempfile.mkdtemp()) / "m"
+params = write_model(folder)
+mesh = jax.make_mesh((2, 4), ("a", "b"))
+P = jax.sharding.PartitionSpec
+def sharding_of(path, shape):  # shard what divides: first the last axis, then the one before
+    axes = [None] * len(shape)
+    if len(shape) > 1 and shape[-1] % 4 == 0: axes[-1] = "b"
+    if len(shape) > 1 and shape[-2] % 2 == 0: axes[-2] = "a"
+    return jax.sharding.NamedSharding(mesh, P(*axes))
+for name in params:
+    loaded = load_component(folder / name, name, sharding=sharding_of)
+    assert_trees_equal(loaded, params[name])
+    assert any(len(leaf.sharding.device_set) == 8 and not leaf.is_fully_replicated for leaf in jax.tree.leaves(loaded))
+print("ok")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent,
+                          env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+                                            "JAX_PLATFORMS": "cpu"})
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_a_process_reads_only_its_shards(published, monkeypatch):
+    """As on a pod, where a process holds some shards of a leaf."""
+    leaf = next(x for x in leaves("transformer", TRANSFORMER) if x.key == "blocks/ffn/net_2/kernel")  # [2, 20, 24]
+    whole = published[1]["transformer"]["blocks"]["ffn"]["net_2"]["kernel"]
+    reads = []
+    with SafetensorsSource(published[0] / "transformer", "transformer", TRANSFORMER) as source:
+        monkeypatch.setattr(source._files, "read", lambda name, rows=None, read=source._files.read: (
+            reads.append((name, rows)), read(name, rows))[1])
+        mine = [(slice(1, 2), slice(None), slice(6, 12)), (slice(1, 2), slice(None), slice(12, 18))]
+        shard = _shard_reader(source, leaf, [*mine, mine[0]])
+        for index in mine:
+            np.testing.assert_array_equal(shard(index), whole[index])
+    name = "blocks.1.ffn.net.2.weight"
+    assert sorted(reads, key=str) == [(name, slice(12, 18)), (name, slice(6, 12))]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

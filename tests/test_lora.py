@@ -236,14 +236,19 @@ def test_merging_keeps_the_sharding(tmp_path):
 # --- kept apart ------------------------------------------------------------------------------------------------------
 
 
-def run_jax(params, lora, inputs):
+@jax.jit
+def forward(variables, cast):
     model = HeliosTransformer(CONFIG)
-    variables = {"params": params} | ({"lora": lora} if lora else {})
-    cast = {k: jnp.asarray(channel_last(v) if v.ndim == 5 else v) for k, v in inputs.items()}
     rows = cast["encoder_hidden_states"]
     text = model.text_context(variables, rows, jnp.full(rows.shape[0], rows.shape[1]), total=rows.shape[1])
     past = History(*(cast[f"latents_history_{tier}"] for tier in ("short", "mid", "long")))
-    return channel_first(model.apply(variables, cast["hidden_states"], jnp.array([500.25]), text, past))
+    return model.apply(variables, cast["hidden_states"], jnp.array([500.25]), text, past)
+
+
+def run_jax(params, lora, inputs):
+    variables = {"params": params} | ({"lora": lora} if lora else {})
+    return channel_first(forward(variables, {k: jnp.asarray(channel_last(v) if v.ndim == 5 else v)
+                                             for k, v in inputs.items()}))
 
 
 def run_torch(module, inputs):

@@ -111,6 +111,10 @@ def read_model_folder(root: str | Path) -> ModelFolder:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder")
         raise UserError(f"{root}: holds no model_index.json, so it is not the folder of a model")
+    name = read_json(root / "model_index.json").get("_class_name")
+    if isinstance(name, str) and name.startswith("Wan"):
+        raise UserError(f"{root}: is a Wan model ({name!r}); make a Helios model of it with "
+                        "python -m helios_jax.convert --from-wan")
     index = _read(ModelIndex.from_dict, root / "model_index.json")
     configs = {c: _read(cls.from_dict, root / c / "config.json") for c, cls in CONFIG_CLASSES.items()}
     scheduler = _read(lambda values: SchedulerConfig.from_dict(values | {"class_name": index.scheduler_class}),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from helios_jax.convert.folder import (
     resolve_model,
 )
 from helios_jax.convert.rules import COMPONENTS, Config, Leaf, leaves, unflatten
-from helios_jax.convert.sources import SafetensorsSource
+from helios_jax.convert.sources import Index, SafetensorsSource
 from helios_jax.convert.wan import transformer_config_from_wan
 
 Sharding = jax.sharding.Sharding
@@ -40,7 +41,8 @@ def load_component(folder: str | Path, component: str, config: Config | None = N
       component: 'transformer', 'vae' or 'text_encoder'.
       config: its configuration; None reads ``config.json``.
       dtype: the dtype the component will compute in. Half-precision transformers keep the parameters in float32 that
-        the original keeps (see :func:`~helios_jax.convert.rules.param_dtype`). None keeps the stored dtypes.
+        the original keeps (see :func:`~helios_jax.convert.rules.param_dtype`). None keeps the stored dtypes (float64
+        becomes float32).
       sharding: None puts everything on the default device; a ``Sharding`` for all leaves; a tree of them; or a
         function (path, shape) -> ``Sharding``.
       from_wan: the folder holds a Wan 2.1 text-to-video transformer; its history patches are made from its patch
@@ -128,12 +130,21 @@ def _sharding_lookup(sharding: Shardings) -> Callable[[Leaf], Sharding]:
 def _load_leaf(source: SafetensorsSource, leaf: Leaf, sharding: Sharding) -> jax.Array:
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
         return jax.device_put(source.read(leaf), sharding)
-    read: dict[tuple, np.ndarray] = {}  # devices that hold the same shard share one read
+    needed = sharding.addressable_devices_indices_map(leaf.shape).values()
+    return jax.make_array_from_callback(leaf.shape, sharding, _shard_reader(source, leaf, needed))
 
-    def shard(index):
-        key = tuple((s.start, s.stop) for s in index)
-        if key not in read:
-            read[key] = source.read(leaf, index)
-        return read[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, shard)
+def _shard_reader(source: SafetensorsSource, leaf: Leaf, needed: Iterable[Index]) -> Callable[[Index], np.ndarray]:
+    """Reads the shards that this process needs, each once, and returns the lookup by index."""
+    shards = {_bounds(index, leaf) for index in needed}
+    if 2 * sum(math.prod(stop - start for start, stop in shard) for shard in shards) >= math.prod(leaf.shape):
+        # Shards that split PyTorch's second axis each cost a read of all rows; then one read serves them all.
+        whole = source.read(leaf)
+        return lambda index: whole[index]
+    parts = {shard: source.read(leaf, tuple(slice(*bounds) for bounds in shard)) for shard in shards}
+    return lambda index: parts[_bounds(index, leaf)]
+
+
+def _bounds(index: Index, leaf: Leaf) -> tuple[tuple[int, int], ...]:
+    """(start, stop) per axis of one shard."""
+    return tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))

@@ -110,11 +110,12 @@ def restore_params(folder: str | Path, component: str, config: Config, dtype: An
       UserError: the checkpoint is damaged or of another model.
     """
     stored = _stored_arrays(folder, component, config)
-    abstract = unflatten([
-        (leaf.path, jax.ShapeDtypeStruct(
-            leaf.shape, stored[leaf.path].dtype if dtype is None else param_dtype(component, leaf.path, dtype),
-            sharding=sharding_of(leaf)))
-        for leaf in leaves(component, config)])
+
+    def abstract_leaf(leaf: Leaf) -> jax.ShapeDtypeStruct:
+        kept = stored[leaf.path].dtype if dtype is None else param_dtype(component, leaf.path, dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(kept), sharding=sharding_of(leaf))
+
+    abstract = unflatten([(leaf.path, abstract_leaf(leaf)) for leaf in leaves(component, config)])
     with _reading(folder), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(Path(folder).absolute(), abstract)
 

@@ -29,6 +29,7 @@ from helios_jax.convert.rules import (
     param_dtype,
     tensor_rules,
 )
+from helios_jax.convert.safetensors_io import copy_strips
 from helios_jax.convert.state_dict import match_leaves
 from helios_jax.convert.wan import history_kernel
 from helios_jax.errors import UserError
@@ -164,7 +165,7 @@ class SafetensorsSource:
             part = rule.layout.to_tree(self._files.read(name, slice(start, stop)))
             target = [slice(None)] * out.ndim
             target[axis] = slice(start - first, stop - first)
-            out[tuple(target)] = part[tuple(others)]
+            copy_strips(out[tuple(target)], part[tuple(others)])
 
     def close(self) -> None:
         self._files.close()
