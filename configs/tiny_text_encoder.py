@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     return ConfigDict({
-        "objective": {"name": "helios_jax.training.text_encoder", "max_tokens": 48, "free_share": 0.5,
-                      "noise_share": 0.15, "row_weight": 1.0},
-        "batch_size": 128, "num_steps": 2000, "log_every": 100, "checkpoint_every": 1000, "sample_every": 500, "seed": 0,
-        "ema_decay": 0.99,
+        "objective": {"name": "text_encoder", "max_tokens": 48, "free_share": 0.5, "noise_share": 0.15,
+                      "row_weight": 1.0},
+        "batch_size": 128, "num_steps": 2000, "log_every": 100, "checkpoint_every": 1000, "sample_every": 500,
+        "seed": 0, "ema_decay": 0.99,
         "optimizer": {"name": "adamw", "learning_rate": 3e-3, "warmup_steps": 100, "schedule": "cosine",
                       "weight_decay": 1e-2},
     })
