@@ -194,8 +194,8 @@ def video_encoder(folder: str | Path) -> tuple[EncodeVideo, str]:
     import jax
     import jax.numpy as jnp
 
-    from helios_jax.convert import load_component
     from helios_jax.convert.folder import read_component_config
+    from helios_jax.convert.load import load_component
     from helios_jax.models.vae import WanVAE, normalize_latents
 
     config = read_component_config(Path(folder) / "vae", "vae")
@@ -219,8 +219,8 @@ def text_encoder(folder: str | Path) -> tuple[EncodeText, str]:
     """``encode_text`` and the fingerprint of the text encoder in a model folder, computing in float32."""
     import jax.numpy as jnp
 
-    from helios_jax.convert import load_component
     from helios_jax.convert.folder import read_component_config
+    from helios_jax.convert.load import load_component
     from helios_jax.models.umt5 import UMT5Encoder
     from helios_jax.text import PromptEncoder, Tokenizer
 

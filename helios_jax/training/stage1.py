@@ -60,6 +60,8 @@ class SampleConfig:
       steps: of the solver, per section.
       guidance: scale of classifier-free guidance against the empty prompt.
       seed: of the noise; the same in every round, so that rounds compare.
+      reader_prompts: held-out captions whose videos the rule-based reader judges in each round; 0 switches it off.
+      reader_frames: frames of these videos.
     """
 
     prompts: tuple[str, ...] = ()
@@ -67,9 +69,13 @@ class SampleConfig:
     steps: int = 20
     guidance: float = 5.0
     seed: int = 42
+    reader_prompts: int = 0
+    reader_frames: int = 66
 
     def __post_init__(self):
-        for field in ("num_frames", "steps"):
+        require(self.reader_prompts >= 0,
+                f"objective.sample.reader_prompts: must be 0 or more, got {self.reader_prompts}")
+        for field in ("num_frames", "steps", "reader_frames"):
             require(getattr(self, field) > 0, f"objective.sample.{field}: must be positive, got {getattr(self, field)}")
 
 
@@ -118,8 +124,8 @@ class Config:
         require(self.threads > 0, f"objective.threads: must be positive, got {self.threads}")
         require(self.remat is None or hasattr(jax.checkpoint_policies, self.remat),
                 f"objective.remat: a name of jax.checkpoint_policies, got {self.remat!r}")
-        require(not self.sample.prompts or self.model is not None,
-                "objective.sample.prompts: need objective.model, the folder with VAE and text encoder")
+        require(self.model is not None or not (self.sample.prompts or self.sample.reader_prompts),
+                "objective.sample: needs objective.model, the folder with VAE and text encoder")
 
 
 class Randomness(NamedTuple):
@@ -263,19 +269,22 @@ def build(run: RunConfig) -> Objective:
     model = HeliosTransformer(config.transformer, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
                               remat=config.remat)
     rows, length = folder.empty_prompt()
-    sample, export = None, None
+    sample = evaluate = export = None
     if config.model is not None:
         from helios_jax.training import validation
 
         base = validation.base_folder(config.model, config.transformer, (8 * folder.height, 8 * folder.width))
         export = validation.make_export(base, config.export_dtype)
-        if config.sample.prompts:
-            wanted = config.sample
-            sample = validation.make_sampler(base, wanted.prompts, num_frames=wanted.num_frames, steps=wanted.steps,
-                                             guidance=wanted.guidance, seed=wanted.seed, unroll=config.unroll)
+        validator, wanted = validation.Validator(base, config.unroll), config.sample
+        sampling = validation.Sampling(wanted.num_frames, wanted.steps, wanted.guidance, wanted.seed)
+        if wanted.prompts:
+            sample = lambda params, step: validator.named_videos(params, wanted.prompts, sampling)  # noqa: E731
+        if wanted.reader_prompts:
+            judged = dataclasses.replace(sampling, num_frames=wanted.reader_frames)
+            evaluate = lambda params, step: validator.reader_scores(params, wanted.reader_prompts, judged)  # noqa: E731
     return Objective(
         init_params=lambda key: unbox(model.init(key)),
         loss=make_loss(config, layout, model),
         dataset=latent_dataset(config.data, run.batch_size, run.seed, layout, config.threads),
         frozen={"empty": {"text": rows, "text_length": np.int32(length)}},
-        sample=sample, fps=folder.fps, export=export)
+        sample=sample, fps=folder.fps, evaluate=evaluate, export=export)

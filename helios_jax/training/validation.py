@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.config import ModelIndex, SchedulerConfig, TransformerConfig
-from helios_jax.convert import export_pipeline, load_component
+from helios_jax.convert.export import export_pipeline
 from helios_jax.convert.folder import ModelFolder, read_component_config
+from helios_jax.convert.load import load_component
+from helios_jax.data import reader, shapes
 from helios_jax.pipeline.pipeline import HeliosPipeline
 
 PyTree = Any
 
 # The one-stage schedule of Base: UniPC of order 2 with the exponential dynamic shift.
 BASE_SCHEDULER = SchedulerConfig(stages=1, use_dynamic_shifting=True, time_shift_type="exponential")
+
+# Clips whose captions are prompts of the validation.
+_PROMPT_SEED = 2**63 + 2**41
 
 
 def base_folder(model: str | Path, transformer: TransformerConfig, native_size: tuple[int, int]) -> ModelFolder:
@@ -40,37 +46,56 @@ def base_folder(model: str | Path, transformer: TransformerConfig, native_size: 
         text_encoder=read_component_config(root / "text_encoder", "text_encoder"), scheduler=BASE_SCHEDULER)
 
 
-def _frozen_params(folder: ModelFolder) -> dict[str, PyTree]:
-    return {name: load_component(folder.root / name, name, folder.config(name), dtype=jnp.float32)
-            for name in ("vae", "text_encoder")}
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How validation videos are made: number of frames, solver steps per section, guidance scale, seed of the noise."""
+
+    num_frames: int
+    steps: int
+    guidance: float
+    seed: int
 
 
-def make_sampler(folder: ModelFolder, prompts: tuple[str, ...], *, num_frames: int, steps: int, guidance: float,
-                 seed: int, unroll: int) -> Callable[[PyTree, int], dict[str, np.ndarray]]:
-    """``Objective.sample``: one video per prompt, all in one batch, with the same noise in every round.
+class Validator:
+    """Samples with the parameters in training; compiled programs are kept from round to round.
 
     Args:
       folder: of :func:`base_folder`.
-      prompts: what the videos shall show; their names are made of them.
-      num_frames, steps, guidance, seed: of the sampling.
       unroll: layers per iteration of the transformer's scan.
     """
-    others = _frozen_params(folder)
-    names = [f"{i}_{re.sub('[^a-z0-9]+', '-', prompt.lower())[:40].strip('-')}" for i, prompt in enumerate(prompts)]
-    pipeline = None
 
-    def sample(params: PyTree, step: int) -> dict[str, np.ndarray]:
-        nonlocal pipeline
-        del step
-        if pipeline is None:  # compiled programs are kept from round to round
-            pipeline = HeliosPipeline(folder, {**others, "transformer": params}, unroll=unroll)
-        pipeline.variables = {"params": params}
-        video = pipeline(prompts, num_frames=num_frames, steps=steps, guidance_scale=guidance, seed=seed)
-        frames = np.rint(video * 255).astype(np.uint8)  # [B, F, H, W, 3]
-        pipeline.variables = {}  # the parameters are donated to the next step
-        return dict(zip(names, frames, strict=True))
+    def __init__(self, folder: ModelFolder, unroll: int):
+        self._folder, self._unroll = folder, unroll
+        self._others = {name: load_component(folder.root / name, name, folder.config(name), dtype=jnp.float32)
+                        for name in ("vae", "text_encoder")}
+        self._pipeline: HeliosPipeline | None = None
 
-    return sample
+    def videos(self, params: PyTree, prompts: Sequence[str], sampling: Sampling) -> np.ndarray:
+        """One video per prompt in one batch, uint8 [B, F, H, W, 3]; the same noise in every round."""
+        if self._pipeline is None:
+            self._pipeline = HeliosPipeline(self._folder, {**self._others, "transformer": params}, unroll=self._unroll)
+        self._pipeline.variables = {"params": params}
+        seeds = [sampling.seed + i for i in range(len(prompts))]
+        video = self._pipeline(prompts, num_frames=sampling.num_frames, steps=sampling.steps,
+                               guidance_scale=sampling.guidance, seed=seeds)
+        # The transformer's buffers are donated to the next step: nobody may hold on to them.
+        self._pipeline.variables, self._pipeline.params = {}, self._others
+        return np.rint(video * 255).astype(np.uint8)
+
+    def named_videos(self, params: PyTree, prompts: Sequence[str], sampling: Sampling) -> dict[str, np.ndarray]:
+        """``Objective.sample``: the videos under names made of their prompts."""
+        names = [f"{i}_{re.sub('[^a-z0-9]+', '-', p.lower())[:40].strip('-')}" for i, p in enumerate(prompts)]
+        return dict(zip(names, self.videos(params, prompts, sampling), strict=True))
+
+    def reader_scores(self, params: PyTree, count: int, sampling: Sampling) -> dict[str, float]:
+        """``Objective.evaluate``: share of videos whose attributes the rule-based reader finds as asked.
+
+        The prompts are captions of held-out combinations, but other ones than those of the final evaluation.
+        """
+        clips = [shapes.sample_clip(_PROMPT_SEED + i, "held_out", 1) for i in range(count)]
+        videos = self.videos(params, [clip.caption for clip in clips], sampling)
+        score = reader.score([reader.read(video) for video in videos], [clip.attributes for clip in clips])
+        return {"reader_all": score.all_fields, **{f"reader_{name}": rate for name, rate in score.per_field.items()}}
 
 
 def make_export(folder: ModelFolder, dtype: str) -> Callable[[PyTree, str], None]:
