@@ -56,11 +56,11 @@ class _PendingLeafHandler(type_handlers.TypeHandler):
         for pending, info in zip(values, infos, strict=True):
             # Every commit of a small leaf waits for the disk, so small ones are written side by side.
             if group and size + pending.nbytes > CONCURRENT_BYTES:
-                await asyncio.gather(*group)
+                await _all(group)
                 group, size = [], 0
             group.append(self._write(pending, info))
             size += pending.nbytes
-        await asyncio.gather(*group)
+        await _all(group)
         return []
 
     async def _write(self, pending: _PendingLeaf, info) -> None:
@@ -76,6 +76,14 @@ class _PendingLeafHandler(type_handlers.TypeHandler):
 
     async def metadata(self, infos):
         raise NotImplementedError("pending leaves are only written")
+
+
+async def _all(writes: list) -> None:
+    """Waits for every write, then raises the first failure: none may go on after the event loop has gone."""
+    results = await asyncio.gather(*writes, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
 
 
 def save_leaves(folder: str | Path, source: LeafSource) -> None:
