@@ -230,8 +230,7 @@ class UMT5Encoder(nn.Module):
       dtype: compute type; float32, bfloat16 or float16. The residual, the norm statistics and what happens between
         the linear maps (attention weights and sums, the gate of the feed-forward) are float32 in any case.
       param_dtype: type of freshly initialised parameters. Loaded parameters may have any float type.
-      unroll: layers per step of the scan over layers; ``config.num_layers`` unrolls it, which is about a quarter
-        faster on a CPU and compiles longer.
+      unroll: layers per step of the scan over layers; ``config.num_layers`` unrolls it, which compiles longer.
 
     Source: transformers ``UMT5EncoderModel`` (eager attention, no dropout).
     """
