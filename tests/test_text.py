@@ -64,7 +64,9 @@ def odd_encoder(**options) -> PromptEncoder:
 @pytest.mark.parametrize("text,clean", [
     ("  A  cat\n\tsits&amp;amp;stays &lt;b&gt; ", "A cat sits&stays <b>"), ("ﬁ “x” — cafÃ©", 'fi "x" — café'),
     ("a\u00a0\u2003b", "a b"), ("zero\u200bwidth", "zero\u200bwidth"), ("\x1b[31mred\x1b[0m", "red"),
-    ("ｗｉｄｅ　ｘ", "wide x"), ("&nbsp;lead", "lead"), ("&amp;amp;amp;", "&"), ("", ""), (" \n ", "")])
+    ("ｗｉｄｅ　ｘ", "wide x"), ("&nbsp;lead", "lead"), ("&amp;amp;amp;", "&"),
+    # ftfy leaves entities alone beside a real tag: here the two passes of unescaping show.
+    ("<i> &amp;lt; &amp;amp;amp;", "<i> < &amp;"), ("", ""), (" \n ", "")])
 def test_cleaning_of_measured_examples(text, clean):
     assert prompt_clean(text) == clean
 

@@ -9,7 +9,8 @@ from helios_jax.data import phrases, shapes
 _FIXED = (
     "", " ", "\t\n", "a", "</s>", "<pad>", "<unk>", "a red circle</s> moves", "<pad> a <pad>", "<extra_id_0>",
     "<s>", "▁", "▁red circle", "a▁red", "red  circle", "  A  cat\n\tsits&amp;amp;stays &lt;b&gt; ",
-    "cafÃ© ﬁne “quotes” — dash", "&nbsp;lead", "&amp;amp;amp;", "&#x1F600; &eacute;t&eacute;",
+    "cafÃ© ﬁne “quotes” — dash", "&nbsp;lead", "&amp;amp;amp;", "<i> &amp;lt; &amp;amp;amp;",
+    "&#x1F600; &eacute;t&eacute;",
     "full ｗｉｄｔｈ　Latin", "zero\u200bwidth", "soft\u00adhyphen", "\u2003em space\u00a0nbsp",
     "\x1b[31mred\x1b[0m", "a\x00b", "line\u2028separator", "Ünïcödé Straße ÆØÅ", "一个红色的圆圈向右移动",
     "赤い円が右に動く", "빨간 원이 오른쪽으로 움직인다", "красный круг движется вправо",
