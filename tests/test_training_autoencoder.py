@@ -11,9 +11,9 @@ import pytest
 
 from helios_jax.config import VAEConfig
 from helios_jax.convert.state_dict import params_to_torch_state_dict
-from helios_jax.data import reader, shapes
+from helios_jax.data import shapes
 from helios_jax.errors import UserError
-from helios_jax.models.vae import WanVAE, denormalize_latents, normalize_latents
+from helios_jax.models.vae import WanVAE, normalize_latents
 from helios_jax.training import autoencoder
 from helios_jax.training.autoencoder import Config
 from helios_jax.training.checkpoint import read_params
