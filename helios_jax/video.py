@@ -373,7 +373,6 @@ class VideoWriter:
                 dst_color_range=_LIMITED_RANGE,
                 interpolation=Interpolation.AREA,
             )
-            frame.colorspace, frame.color_range = _BT709, _LIMITED_RANGE
         else:
             # A palette for each frame: nothing of the video needs to be known in advance.
             indexed = PIL.Image.fromarray(pixels).quantize(256, dither=PIL.Image.Dither.NONE)

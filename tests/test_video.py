@@ -248,6 +248,8 @@ def test_the_container_has_the_asked_fps_and_count(tmp_path, fps, count):
         assert stream.frames == count
         assert stream.duration * stream.time_base == count / Fraction(fps)
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        # 1 is BT.709 and limited range: without these marks players guess, and small videos get other colours.
+        assert (stream.codec_context.colorspace, stream.codec_context.color_range) == (1, 1)
     assert len(read_video(tmp_path / "a.mp4")) == count
 
 
