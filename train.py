@@ -64,6 +64,9 @@ def _reason(error: Exception, argv: list[str]) -> str:
     if near:
         return f"--config: unknown key {near[2]!r}; did you mean {near[1]!r}?"
     text = " ".join(str(error).split()) or type(error).__name__
+    named = [a for a in argv if a.startswith("--config.") and text.strip("\"'") in a.split("=")[0].split(".")]
+    if isinstance(error, (KeyError, AttributeError)) and named:
+        return f"--config: unknown key {text.strip(chr(34) + chr(39))!r}; {path} does not list it"
     if isinstance(error, ValueError) or type(error).__module__.startswith("absl"):  # absl's messages name the flag
         return text
     return f"{path}: cannot be read as a configuration ({type(error).__name__}: {text})"

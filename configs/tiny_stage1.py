@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
             },
             "dtype": "float32",
             "unroll": 0,
+            "threads": 1,
             "task_mix": {"t2v": 0.4, "i2v": 0.1, "v2v": 0.4},
             "corruption": {"mode": "noise", "clean_probability": 0.1},
             "timesteps": "logit_normal",
@@ -52,6 +53,7 @@ def get_config() -> ConfigDict:
         "checkpoint_every": 500,
         "keep_last": 2,
         "sample_every": 1000,
+        "tensorboard": True,
         "ema_decay": 0.999,
         "optimizer": {
             "name": "muon", "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 300, "final_fraction": 0.02,

@@ -185,6 +185,7 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_overwritten(tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--config.optimzer.name=adamw"], "unknown key 'optimzer'; did you mean 'optimizer'"),
     (["--config.optimizer.nmae=adamw"], "unknown key 'nmae'; did you mean 'name'"),
+    (["--config.quite_other=3"], "unknown key 'quite_other'; tests/training_toy_config.py does not list it"),
     (["--config.batch_size=many"], "batch_size=many"),
     (["--config.batch_size=-1"], "batch_size: must be positive, got -1"),
     (["--wrkdir=x"], "Unknown command line flag 'wrkdir'"),

@@ -86,7 +86,7 @@ class Config:
     Attributes:
       data: folder of latent records, see :mod:`helios_jax.data.build_latents`.
       model: model folder with the VAE, the text encoder and the tokenizer that made the records; needed for samples
-        and for the exported model.
+        and for the exported model; empty for neither.
       transformer: its sizes.
       dtype: 'float32' or 'bfloat16', of the computation; parameters are float32.
       unroll: layers per iteration of the scan over layers, 0 for all.
@@ -100,7 +100,7 @@ class Config:
     """
 
     data: str
-    model: str | None = None
+    model: str = ""
     transformer: TransformerConfig = TransformerConfig()
     dtype: str = "float32"
     unroll: int = 1
@@ -124,7 +124,7 @@ class Config:
         require(self.threads > 0, f"objective.threads: must be positive, got {self.threads}")
         require(self.remat is None or hasattr(jax.checkpoint_policies, self.remat),
                 f"objective.remat: a name of jax.checkpoint_policies, got {self.remat!r}")
-        require(self.model is not None or not (self.sample.prompts or self.sample.reader_prompts),
+        require(self.model or not (self.sample.prompts or self.sample.reader_prompts),
                 "objective.sample: needs objective.model, the folder with VAE and text encoder")
 
 
@@ -270,7 +270,7 @@ def build(run: RunConfig) -> Objective:
                               remat=config.remat)
     rows, length = folder.empty_prompt()
     sample = evaluate = export = None
-    if config.model is not None:
+    if config.model:
         from helios_jax.training import validation
 
         base = validation.base_folder(config.model, config.transformer, (8 * folder.height, 8 * folder.width))
