@@ -7,29 +7,32 @@ one way only, so a video may be worked whole or a latent at a time with the cach
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from helios_jax.config import VAEConfig
 from helios_jax.errors import UserError
 from helios_jax.models.vae_layers import (
-    CONV_FORMS,
     CausalConv,
     Downsample,
     FrameMemory,
+    Gamma,
     MidBlock,
     ResidualBlock,
-    RMSNorm,
     UpBlock,
     plain_init,
 )
+from helios_jax.models.vae_ops import CONV_FORMS
 
 Array = jax.Array
 Dtype = Any
 Cache = list[Array]
+Params = dict[str, Any]
 
 
 class Encoder(nn.Module):
@@ -50,8 +53,8 @@ class Encoder(nn.Module):
             if level < len(config.dim_mult) - 1:
                 x = Downsample(config.temperal_downsample[level], *common, name=next(names))(x, memory)
         x = MidBlock(*common, name="mid_block")(x, memory)
-        x = nn.silu(RMSNorm(self.dtype, name="norm_out")(x))
-        return CausalConv(2 * config.z_dim, (3, 3, 3), *common, plain_init, name="conv_out")(x, memory)  # -> 2z
+        gamma = Gamma(name="norm_out")(x.shape[-1])
+        return CausalConv(2 * config.z_dim, (3, 3, 3), *common, plain_init, name="conv_out")(x, memory, gamma)  # -> 2z
 
 
 class Decoder(nn.Module):
@@ -73,8 +76,8 @@ class Decoder(nn.Module):
             upsample = None if level == len(mults) - 1 else "3d" if temporal[level] else "2d"
             block = UpBlock(base * mult, config.num_res_blocks, upsample, *common, name=f"up_blocks_{level}")
             x = block(x, memory)  # h, w doubled and, for "3d", the frames after the first
-        x = nn.silu(RMSNorm(self.dtype, name="norm_out")(x))
-        return CausalConv(config.out_channels, (3, 3, 3), *common, plain_init, name="conv_out")(x, memory)  # -> 3
+        gamma = Gamma(name="norm_out")(x.shape[-1])
+        return CausalConv(config.out_channels, (3, 3, 3), *common, plain_init, name="conv_out")(x, memory, gamma)
 
 
 class WanVAE(nn.Module):
@@ -112,8 +115,9 @@ class WanVAE(nn.Module):
           video: [B, F, H, W, 3] in [-1, 1]. Frames beyond 1 + 4k are ignored, as the original does.
         Returns: mean and log-variance, each [B, 1 + (F-1)//4, H//8, W//8, z_dim], not normalised.
         """
-        self._check("video", video, self.config.in_channels)
-        kept = 1 + (video.shape[1] - 1) // self._time_factor * self._time_factor
+        self.check("video", video, self.config.in_channels)
+        factor = self.config.scale_factor_temporal
+        kept = 1 + (video.shape[1] - 1) // factor * factor
         return self.encode_step(video[:, :kept], None)[0]
 
     def encode_step(self, frames: Array, cache: Cache | None) -> tuple[tuple[Array, Array], Cache]:
@@ -137,7 +141,7 @@ class WanVAE(nn.Module):
           clamp: to [-1, 1] as the original; False keeps gradients alive in training.
         Returns: [B, 1 + 4(T-1), 8h, 8w, 3].
         """
-        self._check("latents", z, self.config.z_dim)
+        self.check("latents", z, self.config.z_dim)
         return self.decode_step(z, None, clamp)[0]
 
     def decode_step(self, z: Array, cache: Cache | None, clamp: bool = True) -> tuple[Array, Cache]:
@@ -152,13 +156,48 @@ class WanVAE(nn.Module):
         frames = self.decoder(self.post_quant_conv(z, memory), memory)
         return jnp.clip(frames, -1, 1) if clamp else frames, memory.outgoing
 
-    @property
-    def _time_factor(self) -> int:
-        return 2 ** sum(self.config.temperal_downsample)
-
-    def _check(self, name: str, x: Array, channels: int) -> None:
+    def check(self, name: str, x: Array, channels: int) -> None:
+        """Raises a UserError unless x is [batch, frames, height, width, channels]."""
         if x.ndim != 5 or x.shape[1] == 0 or x.shape[-1] != channels:
             raise UserError(f"{name}: [batch, frames, height, width, {channels}] expected, got {list(x.shape)}")
+
+
+def encode_in_steps(vae: WanVAE, params: Params, video: Array) -> tuple[Array, Array]:
+    """:meth:`WanVAE.encode` as a scan over latents: the same numbers, memory independent of the video's length."""
+    apply = functools.partial(vae.apply, {"params": params}, method=WanVAE.encode_step)
+    vae.check("video", video, vae.config.in_channels)
+    size = vae.config.scale_factor_temporal
+    first, cache = apply(video[:, :1], None)
+
+    def step(cache: Cache, frames: Array):
+        moments, cache = apply(frames, cache)
+        return cache, moments
+
+    steps = (video.shape[1] - 1) // size
+    rest = video[:, 1 : 1 + steps * size]
+    rest = jnp.moveaxis(rest.reshape(len(video), steps, size, *video.shape[2:]), 1, 0)  # [steps, B, size, H, W, 3]
+    _, moments = lax.scan(step, cache, rest)  # 2 x [steps, B, 1, h, w, z]
+    return tuple(_append_steps(start, later) for start, later in zip(first, moments, strict=True))
+
+
+def decode_in_steps(vae: WanVAE, params: Params, z: Array, clamp: bool = True) -> Array:
+    """:meth:`WanVAE.decode` as a scan over latents: the same numbers, memory independent of the chunk's length."""
+    apply = functools.partial(vae.apply, {"params": params}, clamp=clamp, method=WanVAE.decode_step)
+    vae.check("latents", z, vae.config.z_dim)
+    first, cache = apply(z[:, :1], None)
+
+    def step(cache: Cache, latent: Array):
+        frames, cache = apply(latent, cache)
+        return cache, frames
+
+    _, frames = lax.scan(step, cache, jnp.moveaxis(z[:, 1:, None], 1, 0))  # [T-1, B, 1, h, w, z] -> [T-1, B, 4, ...]
+    return _append_steps(first, frames)
+
+
+def _append_steps(first: Array, later: Array) -> Array:
+    later = jnp.moveaxis(later, 0, 1)  # [steps, B, n, ...] -> [B, steps, n, ...]
+    later = later.reshape(later.shape[0], -1, *first.shape[2:])  # -> [B, steps * n, ...]
+    return jnp.concatenate([first, later], axis=1)
 
 
 def normalize_latents(z: Array, config: VAEConfig) -> Array:

@@ -2,8 +2,8 @@
 
 One code path serves both the whole sequence and chunk-by-chunk work. Every causal layer asks a :class:`FrameMemory`
 for the frames that came before; at the start of a video there are none, and a video given whole is simply a first
-chunk of many frames. Sources: diffusers ``WanCausalConv3d``, ``WanRMS_norm``, ``WanResidualBlock``,
-``WanAttentionBlock``, ``WanMidBlock``, ``WanResample``, ``WanUpBlock``.
+chunk of many frames. Sources: diffusers ``WanCausalConv3d``, ``WanResidualBlock``, ``WanAttentionBlock``,
+``WanMidBlock``, ``WanResample``, ``WanUpBlock``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from helios_jax.models.vae_ops import (
+    doubling_conv,
+    extend,
+    fold_frames,
+    halving_conv,
+    rms_norm,
+    same_conv2d,
+    time_valid_conv,
+    unfold_frames,
+)
+
 Array = jax.Array
 Dtype = Any
 
-CONV_FORMS = ("taps", "3d")
-IMAGE_LAYOUT = ("NHWC", "HWIO", "NHWC")
-VIDEO_LAYOUT = ("NDHWC", "DHWIO", "NDHWC")
+_SCORES_AT_ONCE = 2**26
 
 # Inputs of most convolutions are SiLU of unit-norm features, whose second moment is 0.36: a gain of 2 keeps the scale.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
@@ -50,76 +59,60 @@ class FrameMemory:
 
     def __init__(self, cache: list[Array] | None = None):
         self.starts_video = cache is None
-        self._incoming = iter(cache or ())
+        self._incoming = None if cache is None else iter(cache)
         self.outgoing: list[Array] = []
 
-    def extend(self, x: Array, frames: int) -> Array:
-        """Puts the remembered ``frames`` frames (zeros at the start of a video) before x [B, T, h, w, C]."""
-        if self.starts_video:
-            x = jnp.pad(x, ((0, 0), (frames, 0), (0, 0), (0, 0), (0, 0)))  # T -> frames + T
-        else:
-            x = jnp.concatenate([next(self._incoming).astype(x.dtype), x], axis=1)  # T -> frames + T
-        self.outgoing.append(x[:, -frames:])
-        return x
+    def recall(self) -> Array | None:
+        """What the layer that runs now put down in the previous call; None at the start of a video."""
+        return None if self._incoming is None else next(self._incoming)
+
+    def remember(self, frames: Array) -> None:
+        self.outgoing.append(frames)
 
 
-def fold_frames(x: Array) -> Array:
-    return x.reshape(-1, *x.shape[2:])  # [B, T, h, w, C] -> [B*T, h, w, C]
+class Gamma(nn.Module):
+    """The scale [channels] of an RMS norm."""
 
-
-def unfold_frames(x: Array, batch: int) -> Array:
-    return x.reshape(batch, -1, *x.shape[1:])  # [B*T, h, w, C] -> [B, T, h, w, C]
-
-
-def same_conv2d(x: Array, kernel: Array) -> Array:
-    """Stride-1 convolution of images [N, h, w, I] with [kh, kw, I, O], zero padding (k-1)/2 on each side."""
-    if kernel.shape[:2] == (1, 1):
-        return x @ kernel[0, 0]  # I -> O
-    pads = [((k - 1) // 2, (k - 1) // 2) for k in kernel.shape[:2]]
-    return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=IMAGE_LAYOUT)  # I -> O
-
-
-def time_valid_conv(x: Array, kernel: Array, form: str, stride: int = 1) -> Array:
-    """Convolution without temporal padding.
-
-    Args:
-      x: [B, T, h, w, I]; kernel: [kt, kh, kw, I, O]; stride: temporal stride.
-    Returns: [B, (T - kt) // stride + 1, h, w, O].
-    """
-    taps, kh, kw = kernel.shape[:3]
-    batch, frames = x.shape[:2]
-    length = (frames - taps) // stride + 1
-    if form == "3d":
-        pads = [(0, 0)] + [((k - 1) // 2, (k - 1) // 2) for k in (kh, kw)]
-        return lax.conv_general_dilated(x, kernel, (stride, 1, 1), pads, dimension_numbers=VIDEO_LAYOUT)
-    shifted = [x[:, k : k + stride * (length - 1) + 1 : stride] for k in range(taps)]
-    x = fold_frames(jnp.concatenate(shifted, axis=-1))  # kt x [B, T', h, w, I] -> [B*T', h, w, kt*I]
-    kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, -1, kernel.shape[-1])  # -> [kh, kw, kt*I, O]
-    return unfold_frames(same_conv2d(x, kernel), batch)  # [B*T', h, w, O] -> [B, T', h, w, O]
+    @nn.compact
+    def __call__(self, channels: int) -> Array:
+        return self.param("gamma", nn.initializers.ones, (channels,))
 
 
 class CausalConv(nn.Module):
-    """Causal 3-D convolution [..., I] -> [..., O], stride 1: padding (k-1)/2 in space, k-1 past frames in time."""
+    """Causal 3-D convolution (diffusers ``WanCausalConv3d``), [B, T, h, w, I] -> [B, T, h, w, features].
+
+    Padding is (k-1)/2 in space; in time the k-1 frames before x (zeros at the start of a video) stand on the left.
+    With ``gamma`` the RMS norm and the SiLU that precede the convolution are part of it.
+    """
 
     features: int
-    kernel_size: tuple[int, int, int] = (3, 3, 3)
+    window: tuple[int, int, int] = (3, 3, 3)
     dtype: Dtype = jnp.float32
     conv_form: str = "taps"
     kernel_init: nn.initializers.Initializer = conv_init
 
     @nn.compact
-    def __call__(self, x: Array, memory: FrameMemory) -> Array:
-        kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
-        past = self.kernel_size[0] - 1
-        if past:
-            extended = memory.extend(x, past)  # T -> T + past
-            if memory.starts_video and x.shape[1] == 1:
-                kernel = kernel[-1:]  # a lone first frame sees only zeros before it
-            else:
-                x = extended
-        return time_valid_conv(x, kernel, self.conv_form) + bias.astype(self.dtype)  # I -> O, T frames
+    def __call__(self, x: Array, memory: FrameMemory, gamma: Array | None = None) -> Array:
+        kernel = self.param("kernel", self.kernel_init, (*self.window, x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        frames = self.window[0] - 1
+        past = memory.recall() if frames else None
+
+        # The backward pass repeats the cheap steps before the convolution: what they make is several times larger
+        # than x, and writing it to fresh memory costs a CPU more than computing it again.
+        @jax.checkpoint
+        def run(x: Array, past: Array | None, gamma: Array | None, kernel: Array) -> tuple[Array, Array]:
+            x = x.astype(self.dtype) if gamma is None else nn.silu(rms_norm(x, gamma, self.dtype))
+            extended = extend(x, past, frames)  # T -> k-1 + T
+            newest = extended[:, x.shape[1] :]  # [B, k-1, h, w, I]
+            if past is None and x.shape[1] == 1:
+                kernel, extended = kernel[-1:], x  # a lone first frame sees only zeros before it
+            return time_valid_conv(extended, kernel, self.conv_form), newest  # I -> features
+
+        y, newest = run(x, past, gamma, kernel)
+        if frames:
+            memory.remember(newest)
+        return y + bias
 
 
 class ImageConv(nn.Module):
@@ -131,38 +124,24 @@ class ImageConv(nn.Module):
 
     features: int
     mode: str
-    kernel_size: tuple[int, int] = (3, 3)
+    window: tuple[int, int] = (3, 3)
     dtype: Dtype = jnp.float32
+    conv_form: str = "taps"
     kernel_init: nn.initializers.Initializer = plain_init
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", self.kernel_init, (*self.window, x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         batch = x.shape[0]
-        kernel, x = kernel.astype(self.dtype), fold_frames(x.astype(self.dtype))  # [B*T, h, w, I]
+        x = fold_frames(x.astype(self.dtype))  # [B*T, h, w, I]
         if self.mode == "down":
-            x = lax.conv_general_dilated(x, kernel, (2, 2), [(0, 1), (0, 1)], dimension_numbers=IMAGE_LAYOUT)  # h/2 w/2
+            x = halving_conv(x, kernel, self.conv_form)  # h, w -> h/2, w/2
         elif self.mode == "up":
-            x = same_conv2d(x.repeat(2, axis=1).repeat(2, axis=2), kernel)  # h, w -> 2h, 2w
+            x = doubling_conv(x, kernel, self.conv_form)  # h, w -> 2h, 2w
         else:
             x = same_conv2d(x, kernel)
-        return unfold_frames(x + bias.astype(self.dtype), batch)  # [B, T, h', w', O]
-
-
-class RMSNorm(nn.Module):
-    """x / max(|x|, 1e-12) * sqrt(C) * gamma over the last axis: statistics in float32, gamma after the cast back."""
-
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        channels = x.shape[-1]
-        gamma = self.param("gamma", nn.initializers.ones, (channels,))
-        y = x.astype(jnp.float32)
-        # max inside the root: the gradient stays finite where a whole pixel is zero.
-        y = y * lax.rsqrt(jnp.maximum(jnp.square(y).sum(-1, keepdims=True), 1e-24))
-        return y.astype(self.dtype) * (gamma * channels**0.5).astype(self.dtype)
+        return unfold_frames(x + bias, batch)  # [B, T, h', w', features]
 
 
 class ResidualBlock(nn.Module):
@@ -175,31 +154,42 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, memory: FrameMemory) -> Array:
         conv = dict(features=self.features, dtype=self.dtype, conv_form=self.conv_form)
-        y = nn.silu(RMSNorm(self.dtype, name="norm1")(x))
-        y = CausalConv(**conv, name="conv1")(y, memory)  # C -> features
-        y = nn.silu(RMSNorm(self.dtype, name="norm2")(y))
-        y = CausalConv(**conv, kernel_init=branch_init, name="conv2")(y, memory)
+        gamma = Gamma(name="norm1")(x.shape[-1])
+        y = CausalConv(**conv, name="conv1")(x, memory, gamma)  # C -> features
+        gamma = Gamma(name="norm2")(self.features)
+        y = CausalConv(**conv, kernel_init=branch_init, name="conv2")(y, memory, gamma)
         if x.shape[-1] != self.features:
-            conv |= dict(kernel_size=(1, 1, 1), kernel_init=plain_init)
+            conv |= dict(window=(1, 1, 1), kernel_init=plain_init)
             x = CausalConv(**conv, name="conv_shortcut")(x, memory)  # C -> features
         return x + y
 
 
+def _attend(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k' / sqrt(C)) v for [N, S, C]."""
+    scores = jnp.einsum("nqc,nkc->nqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5  # [N, S, S]
+    return jnp.einsum("nqk,nkc->nqc", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+
 class FrameAttention(nn.Module):
-    """Single-head self-attention over the positions of each frame, softmax in float32, with its residual."""
+    """Single-head self-attention over the positions of each frame, softmax in float32, with its residual.
+
+    Frames are worked one after the other where their scores together would take more than 256 MB.
+    """
 
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, frames, h, w, channels = x.shape
-        y = RMSNorm(self.dtype, name="norm")(x)
+        y = rms_norm(x, Gamma(name="norm")(channels), self.dtype)
         y = ImageConv(3 * channels, "same", (1, 1), self.dtype, name="to_qkv")(y)  # C -> 3C
         q, k, v = jnp.split(y.reshape(batch * frames, h * w, 3 * channels), 3, axis=-1)  # 3 x [B*T, S, C]
-        weights = jnp.einsum("nqc,nkc->nqk", q, k, preferred_element_type=jnp.float32) * channels**-0.5
-        weights = jax.nn.softmax(weights, axis=-1).astype(self.dtype)  # [B*T, S, S]
-        y = jnp.einsum("nqk,nkc->nqc", weights, v).reshape(x.shape)  # [B, T, h, w, C]
-        return x + ImageConv(channels, "same", (1, 1), self.dtype, branch_init, name="proj")(y)
+        if batch * frames * (h * w) ** 2 > _SCORES_AT_ONCE:
+            y = lax.map(lambda qkv: _attend(*(a[None] for a in qkv))[0], (q, k, v))
+        else:
+            y = _attend(q, k, v)
+        y = y.reshape(x.shape)  # [B*T, S, C] -> [B, T, h, w, C]
+        return x + ImageConv(channels, "same", (1, 1), self.dtype, kernel_init=branch_init, name="proj")(y)
 
 
 class MidBlock(nn.Module):
@@ -224,7 +214,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, memory: FrameMemory) -> Array:
-        x = ImageConv(x.shape[-1], "down", dtype=self.dtype, name="resample_1")(x)  # h, w -> h/2, w/2
+        x = ImageConv(x.shape[-1], "down", (3, 3), self.dtype, self.conv_form, name="resample_1")(x)  # h, w -> h/2, w/2
         if self.temporal:
             x = TimeDown(self.dtype, self.conv_form, name="time_conv")(x, memory)
         return x
@@ -241,9 +231,10 @@ class TimeDown(nn.Module):
         channels = x.shape[-1]
         kernel = self.param("kernel", newest_frame_init, (3, 1, 1, channels, channels)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(self.dtype)
-        extended = memory.extend(x, 1)  # T -> 1 + T
-        if not memory.starts_video:
-            return time_valid_conv(extended, kernel, self.conv_form, stride=2) + bias  # 2k -> k
+        past = memory.recall()
+        memory.remember(x[:, -1:])
+        if past is not None:
+            return time_valid_conv(extend(x, past, 1), kernel, self.conv_form, stride=2) + bias  # 2k -> k
         if x.shape[1] == 1:
             return x
         later = time_valid_conv(x, kernel, self.conv_form, stride=2) + bias  # 1 + 2k -> k
@@ -261,7 +252,8 @@ class Upsample(nn.Module):
     def __call__(self, x: Array, memory: FrameMemory) -> Array:
         if self.temporal:
             x = TimeUp(self.dtype, self.conv_form, name="time_conv")(x, memory)
-        return ImageConv(x.shape[-1] // 2, "up", dtype=self.dtype, name="resample_1")(x)  # 2h, 2w, C/2
+        conv = ImageConv(x.shape[-1] // 2, "up", (3, 3), self.dtype, self.conv_form, name="resample_1")
+        return conv(x)  # h, w, C -> 2h, 2w, C/2
 
 
 class TimeUp(nn.Module):
@@ -279,7 +271,8 @@ class TimeUp(nn.Module):
         kernel = self.param("kernel", newest_frame_init, (3, 1, 1, channels, 2 * channels)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (2 * channels,)).astype(self.dtype)
         first, later = (x[:, :1], x[:, 1:]) if memory.starts_video else (x[:, :0], x)
-        extended = memory.extend(later, 2)  # k -> 2 + k
+        extended = extend(later, memory.recall(), 2)  # k -> 2 + k
+        memory.remember(extended[:, -2:])
         if later.shape[1] == 0:
             return first
         later = time_valid_conv(extended, kernel, self.conv_form) + bias  # [B, k, h, w, 2C]
