@@ -59,6 +59,8 @@ class Config:
       invert_channels: probability with which each colour channel of a clip is inverted. The backgrounds are nearly grey
         and cover most of a frame, so that without it colour is learned late.
       init_from: folder of an exported VAE to start from; empty starts from random values.
+      trained_part: 'all', or 'decoder' to leave the latents of ``init_from`` (and their statistics) as they are: data
+        and transformers that were made with them stay valid.
       section_frames: length of the clips for evaluation and statistics; the pipelines work in sections of 33.
       eval_clips: held-out clips of one evaluation.
       stat_clips: clips over which the latent statistics are measured at export.
@@ -76,6 +78,7 @@ class Config:
     latent_noise: float = 0.1
     invert_channels: float = 0.0
     init_from: str = ""
+    trained_part: str = "all"
     section_frames: int = 33
     eval_clips: int = 8
     stat_clips: int = 64
@@ -95,6 +98,10 @@ class Config:
         require(self.invert_channels <= 1, f"objective.invert_channels: in [0, 1], got {self.invert_channels}")
         for field in ("eval_clips", "stat_clips"):
             require(getattr(self, field) > 0, f"objective.{field}: must be positive, got {getattr(self, field)}")
+        require(self.trained_part in ("all", "decoder"),
+                f"objective.trained_part: 'all' or 'decoder', got {self.trained_part!r}")
+        require(self.trained_part == "all" or self.init_from,
+                "objective.trained_part: 'decoder' needs objective.init_from, the VAE whose latents are kept; got ''")
         require(self.export_dtype in ("float32", "float16", "bfloat16"),
                 f"objective.export_dtype: 'float32', 'float16' or 'bfloat16', got {self.export_dtype!r}")
 
@@ -139,6 +146,8 @@ def vae_loss(params: PyTree, video: Array, key: Array, config: Config) -> tuple[
     """
     model = WanVAE(config.vae)
     mean, logvar = model.apply({"params": params}, video, method=WanVAE.encode)  # 2 x [B, T, h, w, C]
+    if config.trained_part == "decoder":
+        mean, logvar = jax.lax.stop_gradient((mean, logvar))
     logvar = jnp.clip(logvar, -30.0, 20.0)
     posterior_key, noise_key, level_key = jax.random.split(key, 3)
     z = posterior_sample(mean, logvar, jax.random.normal(posterior_key, mean.shape))
@@ -224,18 +233,24 @@ def reconstruct(params: PyTree, config: VAEConfig, clips: int, frames: int = 33,
 
 
 def export_vae(params: PyTree, config: Config, folder: str | Path) -> VAEConfig:
-    """Writes ``config.json``, with the latent statistics measured now, and the weights, as diffusers reads them.
+    """Writes ``config.json`` and the weights as diffusers reads them.
+
+    The latent statistics are measured now, over ``config.stat_clips`` training clips; where only the decoder was
+    trained they are those of ``config.init_from``.
 
     Returns: the configuration as written.
     """
     folder = Path(folder)
-    if (folder / "config.json").is_file():  # an earlier export of this run
-        shutil.rmtree(folder)
     dtype = jnp.dtype(config.export_dtype)
     params = jax.tree.map(lambda p: np.asarray(p).astype(dtype), params)
-    rounded = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)  # the statistics are those of the file
-    mean, std = latent_statistics(rounded, config.vae, config.stat_clips, config.section_frames)
-    vae = dataclasses.replace(config.vae, latents_mean=mean, latents_std=std)
+    if config.trained_part == "decoder":
+        vae = load_vae(config.init_from)[0]
+    else:
+        rounded = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)  # the statistics are those of the file
+        mean, std = latent_statistics(rounded, config.vae, config.stat_clips, config.section_frames)
+        vae = dataclasses.replace(config.vae, latents_mean=mean, latents_std=std)
+    if (folder / "config.json").is_file():  # an earlier export of this run
+        shutil.rmtree(folder)
     with atomic_folder(folder) as building:
         write_json(building / "config.json", config_json("vae", vae))
         write_safetensors_component(building, TreeSource("vae", vae, params, None))
@@ -288,6 +303,10 @@ def build(run: RunConfig) -> Objective:
             raise UserError(f"objective.init_from: {config.init_from} holds a VAE of other sizes than objective.vae")
         return jax.tree.map(lambda a, p: jnp.asarray(p, a.dtype), abstract, params)
 
+    def trainable(params: PyTree) -> PyTree:
+        chosen = ("decoder", "post_quant_conv")
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key in chosen, params)
+
     def loss(params: PyTree, frozen: PyTree, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         del frozen
         video = to_video(batch["video"])
@@ -318,5 +337,6 @@ def build(run: RunConfig) -> Objective:
 
     dataset = clip_dataset(run.batch_size, run.seed, frames=config.frames, height=config.height, width=config.width)
     return Objective(init_params, loss, dataset, load_params=load_params if config.init_from else None,
+                     trainable=trainable if config.trained_part == "decoder" else None,
                      sample=sample, fps=shapes.FPS, evaluate=evaluate,
                      export=lambda params, folder: export_vae(params, config, folder) and None)
