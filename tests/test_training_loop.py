@@ -56,8 +56,7 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
 
 def test_a_killed_run_resumes_bitwise_equal(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    # The sleep is part of the configuration on both sides only because a resumed run must have the same one.
-    train(toy_run(objective={"step_sleep": 0.05}), whole, print_line=quiet)
+    train(toy_run(), whole, print_line=quiet)
 
     process = start_program(killed, "--config.objective.step_sleep=0.05")
     wait_for_step(process, killed, 24)  # checkpoints at 10 and 20: steps 21 to 24 are lost and must come out the same
@@ -65,7 +64,7 @@ def test_a_killed_run_resumes_bitwise_equal(tmp_path):
     process.wait()
     before = losses(killed)
     assert max(before) < 40
-    train(toy_run(objective={"step_sleep": 0.05}), killed, print_line=quiet)
+    train(toy_run(), killed, print_line=quiet)
 
     assert losses(killed) == losses(whole)  # every value of all 40 steps, exactly
     assert {step: before[step] for step in before} == {step: losses(whole)[step] for step in before}
@@ -76,7 +75,7 @@ def test_a_killed_run_resumes_bitwise_equal(tmp_path):
 
 def test_sigterm_saves_exits_cleanly_and_the_rest_is_equal(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train(toy_run(objective={"step_sleep": 0.05}), whole, print_line=quiet)
+    train(toy_run(), whole, print_line=quiet)
     process = start_program(stopped, "--config.objective.step_sleep=0.05")
     wait_for_step(process, stopped, 13)
     process.send_signal(signal.SIGTERM)
@@ -86,7 +85,7 @@ def test_sigterm_saves_exits_cleanly_and_the_rest_is_equal(tmp_path):
     assert 13 <= done < 40 and f"stopped by SIGTERM at step {done}: saved" in output
     assert Checkpointer(stopped / "checkpoints", 2).latest_step() == done
     lines = []
-    train(toy_run(objective={"step_sleep": 0.05}), stopped, print_line=lines.append)
+    train(toy_run(), stopped, print_line=lines.append)
     assert any(f"resumed from step {done}" in line for line in lines)
     assert losses(stopped) == losses(whole)
 
@@ -160,7 +159,8 @@ def test_a_changed_configuration_is_refused_on_resume(tmp_path):
         train(toy_run(num_steps=10, objective={"noise": 0.2}), tmp_path, print_line=quiet)
     with pytest.raises(UserError, match="num_steps"):  # a cosine of another length has other earlier steps
         train(toy_run(num_steps=20), tmp_path, print_line=quiet)
-    train(toy_run(num_steps=10, log_every=5, checkpoint_every=3), tmp_path, print_line=quiet)
+    train(toy_run(num_steps=10, log_every=5, checkpoint_every=3, objective={"step_sleep": 0.01}), tmp_path,
+          print_line=quiet)
 
 
 def test_a_constant_rate_may_be_trained_longer(tmp_path):

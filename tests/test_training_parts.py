@@ -180,3 +180,21 @@ def test_metric_lines_after_the_resumed_step_and_broken_ones_are_dropped(tmp_pat
 
 def test_durations_are_readable():
     assert [duration(s) for s in (0.2, 59.4, 60, 725, 11525)] == ["0 s", "59 s", "1:00", "12:05", "3:12:05"]
+
+
+def test_logical_axes_name_every_axis_of_every_parameter():
+    from helios_jax.config import TransformerConfig
+    from helios_jax.models.partition import logical_axes, unbox
+    from helios_jax.models.transformer import HeliosTransformer
+
+    config = TransformerConfig(num_attention_heads=2, attention_head_dim=8, text_dim=6, freq_dim=8, ffn_dim=24,
+                               num_layers=3, rope_dim=(4, 2, 2))
+    boxed = jax.eval_shape(HeliosTransformer(config).init, jax.random.key(0))
+    plain, axes = unbox(boxed), logical_axes(boxed)
+    assert axes["blocks"]["attn1"]["to_q"]["kernel"] == ("layers", "embed", "heads")
+    assert axes["patch_embedding"]["bias"] == ("embed",)
+    flat = jax.tree_util.tree_leaves_with_path(plain)
+    names = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
+    assert [path for path, _ in flat] == [path for path, _ in names]
+    assert all(len(name) == leaf.ndim for (_, leaf), (_, name) in zip(flat, names, strict=True))
+    assert logical_axes({"w": jnp.zeros((2, 3))}) == {"w": (None, None)}

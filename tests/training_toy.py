@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import grain
 import jax
@@ -15,6 +16,8 @@ from helios_jax.training.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    HARMLESS_ON_RESUME: ClassVar[tuple[str, ...]] = ("step_sleep",)
+
     width: int = 8
     noise: float = 0.1
     poison_from: int = -1  # items from this index on are not-a-number

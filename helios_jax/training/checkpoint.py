@@ -117,18 +117,25 @@ def read_params(folder: str | Path, step: int | None = None, prefer_ema: bool = 
         return jax.device_get(checkpointer.restore(item, target))
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def _differences(old: Any, new: Any, free: set[str], prefix: str = "") -> list[str]:
+    """One line per changed value, as 'optimizer.name (was ..., now ...)'; keys of ``free`` may differ.
+
+    A key that the old file lacks came with a newer version of the library and is no change by the user.
+    """
+    if prefix in free:
+        return []
     if isinstance(old, dict) and isinstance(new, dict):
-        return [line for key in sorted(old.keys() | new.keys())
-                for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
+        return [line for key in sorted(old)
+                for line in _differences(old[key], new.get(key), free, f"{prefix}.{key}" if prefix else key)]
     return [] if old == new else [f"{prefix} (was {old!r}, now {new!r})"]
 
 
 def guard_config(workdir: str | Path, config: RunConfig) -> None:
     """Writes ``config.json`` at the first start; later refuses to continue the run with other settings.
 
-    Fields that only concern logging and saving may change, and so may ``num_steps`` under a constant learning rate
-    (a cosine's earlier steps would have been different ones).
+    Fields that only concern logging, saving and looking may change (the objective's own are named in its class, as
+    ``HARMLESS_ON_RESUME``), and so may ``num_steps`` under a constant learning rate (a cosine's earlier steps would
+    have been different ones).
 
     Raises:
       UserError: naming every changed key with both values.
@@ -141,8 +148,8 @@ def guard_config(workdir: str | Path, config: RunConfig) -> None:
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
         free = set(HARMLESS_ON_RESUME) | ({"num_steps"} if config.optimizer.schedule == "constant" else set())
-        changed = _differences({k: v for k, v in saved.items() if k not in free},
-                               {k: v for k, v in current.items() if k not in free})
+        free |= {f"objective.{name}" for name in getattr(config.objective, "HARMLESS_ON_RESUME", ())}
+        changed = _differences(saved, current, free)
         if changed:
             raise UserError(f"{workdir} holds a run with another configuration: {'; '.join(changed)}; use another "
                             "--workdir or the old values")

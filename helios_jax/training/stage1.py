@@ -19,7 +19,7 @@ zeros, which is no prompt that sampling could ever encode.)
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,8 @@ class Config:
       sample: videos during training.
       export_dtype: of the exported transformer: 'float32', 'float16' or 'bfloat16'.
     """
+
+    HARMLESS_ON_RESUME: ClassVar[tuple[str, ...]] = ("threads", "sample", "export_dtype")
 
     data: str
     model: str = ""
