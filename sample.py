@@ -9,9 +9,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from helios_jax.config import read_json
 from helios_jax.errors import UserError, command_line
+
+if TYPE_CHECKING:
+    from helios_jax.pipeline.pipeline import VideoStream
+    from helios_jax.video import VideoWriter
 
 BOX = Path(__file__).resolve().parent / "assets" / "helios-tiny"
 SUFFIXES = ("mp4", "gif", "png")
@@ -23,8 +28,11 @@ EXAMPLES = """examples:
   python sample.py --prompts_file prompts.txt --output outputs/batch --format gif
   python sample.py --config configs/sample.json --seed 7
 
---config takes a JSON file whose keys are the long options below (without dashes); options on the command line win.
-Ctrl-C stops the run and saves the frames that exist."""
+A video is made in chunks of 33 frames, each written as soon as it exists. Ctrl-C stops the run and saves the frames
+that exist. The same seed gives the same video, see docs/determinism.md."""
+
+# Of each pair one goes without the other.
+EXCLUSIVE = (("prompt", "prompts_file"), ("image", "video"), ("prompts_file", "prompt_schedule"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,43 +42,55 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     p = _Parser(prog="sample.py", description="Samples a video with Helios.", epilog=EXAMPLES, allow_abbrev=False,
-                formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+                usage="sample.py --prompt TEXT [options]",
+                formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
+                                                                                  width=118),
+                argument_default=argparse.SUPPRESS)
     what = p.add_argument_group("what to make")
     what.add_argument("--prompt", metavar="TEXT", help="what the video shows")
-    what.add_argument("--prompts_file", metavar="FILE", help="one prompt per line, one video each")
-    what.add_argument("--prompt_schedule", metavar="JSON",
-                      help='prompt changes, a file or text: [{"chunk": 2, "prompt": "...", "blend": 3}]')
-    what.add_argument("--negative_prompt", metavar="TEXT", help="what it must not show; with guidance above 1")
-    what.add_argument("--image", metavar="FILE", help="start from an image")
-    what.add_argument("--video", metavar="FILE", help="continue a video of at least 33 frames")
+    what.add_argument("--prompts_file", metavar="FILE", help="a text file with one prompt per line: one video each")
+    what.add_argument("--prompt_schedule", metavar="JSON", help="prompt changes, a JSON file or JSON text: "
+                      '[{"chunk": 2, "prompt": "...", "blend": 3}] changes from the third chunk on, blended over three')
+    what.add_argument("--negative_prompt", metavar="TEXT", help="what it must not show; needs guidance above 1")
+    what.add_argument("--image", metavar="FILE", help="start from this image")
+    what.add_argument("--video", metavar="FILE", help="continue this video (at least 33 frames; a file, or a folder of "
+                      "PNG frames); the output holds the new frames only")
     what.add_argument("--num_frames", type=int, metavar="N", help="exact number of frames (default 99)")
-    what.add_argument("--height", type=int, metavar="PX", help="default: the model's native size")
-    what.add_argument("--width", type=int, metavar="PX")
+    what.add_argument("--height", type=int, metavar="PX", help="multiple of 64, for Base of 16 (default: the model's "
+                      "native size)")
+    what.add_argument("--width", type=int, metavar="PX", help="as --height")
     what.add_argument("--fps", type=float, metavar="N", help="frames per second of the file (default 24)")
 
     model = p.add_argument_group("model")
-    model.add_argument("--model", metavar="ID_OR_FOLDER", help="hub id or folder (default: the model in the box)")
+    model.add_argument("--model", metavar="ID_OR_FOLDER", help="hub id or folder, published layout or as written by "
+                       "python -m helios_jax.convert (default: the small model in the box)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of transformer and text encoder "
                        "(default float32 on a CPU, else bfloat16)")
-    model.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="may be given several times")
+    model.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="may be given several times; weight 1 "
+                       "if none is given")
     model.add_argument("--lora_apart", action="store_true", help="keep LoRA beside the weights instead of merging it")
 
     how = p.add_argument_group("how to sample (defaults depend on the model's variant)")
-    how.add_argument("--steps", metavar="N[,N,N]", help="denoising steps per pyramid stage "
-                     "(Base 50, Mid 20,20,20, Distilled 2,2,2)")
-    how.add_argument("--guidance", type=float, metavar="G", help="Base and Mid 5, Distilled 1")
+    how.add_argument("--steps", metavar="N[,N,N]", help="denoising steps, one number or one per pyramid stage (Base "
+                     "50, Mid 20,20,20, Distilled 2,2,2)")
+    how.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none (Base and Mid 5, "
+                     "Distilled 1)")
+    how.add_argument("--allow_distilled_guidance", action="store_true", help="accept --guidance above 1 for Distilled, "
+                     "which was trained without")
     how.add_argument("--seed", type=int, metavar="N", help="default 42; every prompt of a file gets the same")
     how.add_argument("--no_zero_init", action="store_true", help="Mid: no zero velocity in the first steps")
-    how.add_argument("--no_amplify_first_chunk", action="store_true",
-                     help="Distilled: as many steps for the first chunk as for the others")
-    how.add_argument("--skip_first_chunk", action="store_true", help="take the anchor frame from the second chunk")
+    how.add_argument("--no_amplify_first_chunk", action="store_true", help="Distilled: as many steps for the first "
+                     "chunk as for the others, instead of twice as many")
+    how.add_argument("--skip_first_chunk", action="store_true", help="take the anchor frame, which every later chunk "
+                     "sees, from the second chunk instead of the first")
 
-    out = p.add_argument_group("output")
-    out.add_argument("--output", metavar="PATH", help="file.mp4, file.gif or a name without suffix for PNG frames; "
-                     "with --prompts_file a folder (default: outputs/)")
-    out.add_argument("--format", choices=SUFFIXES, help="of the files of --prompts_file (default mp4)")
-    out.add_argument("--quiet", action="store_true", help="no progress line")
-    p.add_argument("--config", metavar="FILE", help="a JSON file with these options")
+    out = p.add_argument_group("output and options")
+    out.add_argument("--output", metavar="PATH", help="NAME.mp4, NAME.gif, or a NAME without suffix for a folder of "
+                     "PNG frames; with --prompts_file a folder (default: outputs/, named by the prompt)")
+    out.add_argument("--format", choices=SUFFIXES, help="where --output does not say it (default mp4)")
+    out.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    out.add_argument("--config", metavar="FILE", help="a JSON file whose keys are the long options without dashes; the "
+                     "command line wins")
     return p
 
 
@@ -83,38 +103,70 @@ def options(argv: list[str]) -> dict[str, Any]:
     p = parser()
     given = vars(p.parse_args(argv))
     if "config" in given:
-        from helios_jax.config import read_json
-
-        path = given.pop("config")
-        values = read_json(path)
-        known = {action.dest: action for action in p._actions}
-        for key, value in values.items():
-            if key not in known or key in ("config", "help"):
-                raise UserError(f"{path}: unknown option {key!r}; see --help")
-            convert = known[key].type
-            if convert is not None and (isinstance(value, bool) or not isinstance(value, (int, float))
-                                        or convert(value) != value):
-                raise UserError(f"{path}: {key} must be a {convert.__name__}, got {value!r}")
-            if known[key].choices and value not in known[key].choices:
-                raise UserError(f"{path}: {key} must be one of {', '.join(known[key].choices)}, got {value!r}")
+        values = read_config(given.pop("config"), {action.dest: action for action in p._actions})
+        for one, other in (*EXCLUSIVE, *(pair[::-1] for pair in EXCLUSIVE)):
+            if one in given:
+                values.pop(other, None)
         given = values | given
-    for one, other in (("prompt", "prompts_file"), ("image", "video"), ("prompts_file", "prompt_schedule")):
+    for one, other in EXCLUSIVE:
         if one in given and other in given:
             raise UserError(f"--{one} and --{other}: give one of them, not both")
+    if "format" in given and "output" in given and "prompts_file" not in given:
+        raise UserError("--format: the name in --output says it already; it goes with --prompts_file or without "
+                        "--output")
     if not {"prompt", "prompts_file", "prompt_schedule"} & set(given):
         raise UserError("--prompt: needed (or --prompts_file); see --help")
     return given
 
 
+def read_config(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any]:
+    """The options of a JSON file, with the types that the command line would give them.
+
+    Raises:
+      UserError: not a JSON object, an unknown key, or a value of the wrong type.
+    """
+    values = read_json(path)
+    for key, value in values.items():
+        action = actions.get(key)
+        if action is None or key in ("config", "help"):
+            raise UserError(f"{path}: unknown option {key!r}; see --help")
+        if key == "lora" and isinstance(value, str):
+            value = [value]
+        number = not isinstance(value, bool) and isinstance(value, (int, float))
+        if key == "lora":
+            fits, wanted = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of texts"
+        elif key == "steps":
+            fits, wanted = isinstance(value, (str, list)) or number, "a number or a list of them"
+        elif key == "prompt_schedule":
+            fits, wanted = isinstance(value, (str, list)), "a list of changes or the name of a file"
+        elif action.nargs == 0:
+            fits, wanted = isinstance(value, bool), "true or false"
+        elif action.type is int:
+            fits, wanted = number and abs(value) < 2**64 and value == int(value), "a whole number"
+        elif action.type is float:
+            fits, wanted = number, "a number"
+        else:
+            fits, wanted = isinstance(value, str), "a text"
+        if not fits:
+            raise UserError(f"{path}: {key} must be {wanted}, got {value!r}")
+        if action.choices and value not in action.choices:
+            raise UserError(f"{path}: {key} must be one of {', '.join(action.choices)}, got {value!r}")
+        values[key] = action.type(value) if action.type else value
+    return {key: value for key, value in values.items() if value is not False}  # an absent flag is false
+
+
 def parse_steps(value: Any) -> tuple[int, ...] | None:
-    """'20', '2,2,2' or [2, 2, 2]."""
+    """'20', '2,2,2', 20 or [2, 2, 2]."""
     if value is None:
         return None
     parts = value if isinstance(value, list) else str(value).replace(" ", ",").split(",")
     try:
-        return tuple(int(part) for part in parts if part != "")
+        steps = tuple(int(part) for part in parts if part != "")
     except (TypeError, ValueError):
-        raise UserError(f"--steps: whole numbers separated by commas expected, got {value!r}") from None
+        steps = ()
+    if not steps or any(isinstance(part, float) and part != int(part) for part in parts):
+        raise UserError(f"--steps: whole numbers separated by commas expected, got {value!r}")
+    return steps
 
 
 def parse_lora(values: list[str]) -> list[tuple[str, float]]:
@@ -131,8 +183,8 @@ def parse_lora(values: list[str]) -> list[tuple[str, float]]:
 
 def read_prompts(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"--prompts_file: {path} cannot be read ({error})") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
@@ -140,25 +192,38 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-class Progress:
-    """One line on stderr: chunks, frames per second, time left."""
+def outputs(given: dict[str, Any], prompts: list[str]) -> list[Path]:
+    """The path of every video."""
+    suffix = "" if given.get("format") == "png" else f".{given.get('format', 'mp4')}"
+    if "prompts_file" in given:
+        return [Path(given.get("output", "outputs")) / f"{i:04d}{suffix}" for i in range(len(prompts))]
+    if "output" in given:
+        return [Path(given["output"])]
+    words = "".join(c if c.isalnum() else " " for c in prompts[0]).split()
+    return [Path("outputs") / (("_".join(words)[:60] or "video") + suffix)]
 
-    def __init__(self, label: str, total: int, frames: int, quiet: bool):
-        self.label, self.total, self.frames, self.quiet = label, total, frames, quiet
-        self.start = self.last = time.monotonic()
+
+class Progress:
+    """One line on stderr: frames, chunks, frames per second, time left."""
+
+    def __init__(self, label: str, stream: VideoStream, quiet: bool, compiles: bool):
+        self.label, self.total, self.frames, self.quiet = label, stream.num_chunks, stream.num_frames, quiet
+        self.compiles = compiles  # the first chunk's time includes compilation and says little about the others
+        self.last = time.monotonic()
         self.done = 0
-        self._show(f"{label}: 0/{frames} frames, first chunk under way (it compiles the model)")
+        self._show("first chunk under way" + " (the model is being compiled)" * compiles)
 
     def update(self, chunk: int, frames: int) -> None:
         now = time.monotonic()
         rate, self.last = frames / (now - self.last), now
         self.done += frames
-        left = (self.frames - self.done) / rate
-        self._show(f"{self.label}: {self.done}/{self.frames} frames, chunk {chunk + 1}/{self.total}, "
-                   f"{rate:.1f} frames/s, {int(left) // 60}:{int(left) % 60:02d} left")
+        left = int((self.frames - self.done) / rate)
+        rest = "with compilation" if self.compiles and not chunk else f"{left // 60}:{left % 60:02d} left"
+        self._show(f"chunk {chunk + 1}/{self.total}, {rate:.1f} frames/s, {rest}")
 
     def _show(self, line: str) -> None:
         if not self.quiet:
+            line = f"{self.label}: {self.done}/{self.frames} frames, {line}"
             print(f"\r{line:<100}" if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n",
                   file=sys.stderr, flush=True)
 
@@ -167,73 +232,74 @@ class Progress:
             print(file=sys.stderr)
 
 
-def outputs(given: dict[str, Any], prompts: list[str]) -> list[Path]:
-    """The path of every video."""
-    if "prompts_file" in given:
-        folder = Path(given.get("output", "outputs"))
-        suffix = given.get("format", "mp4")
-        return [folder / (f"{i:04d}" if suffix == "png" else f"{i:04d}.{suffix}") for i in range(len(prompts))]
-    if "output" in given:
-        return [Path(given["output"])]
-    words = "".join(c if c.isalnum() else " " for c in prompts[0]).split()
-    suffix = given.get("format", "mp4")
-    stem = "_".join(words)[:60] or "video"
-    return [Path("outputs") / (stem if suffix == "png" else f"{stem}.{suffix}")]
-
-
-@command_line
-def main(argv: list[str] | None = None) -> int:
-    given = options(sys.argv[1:] if argv is None else argv)
-    steps, lora = parse_steps(given.get("steps")), parse_lora(given.get("lora", []))
-    from helios_jax.pipeline.prompts import parse_schedule
-
-    schedule = parse_schedule(given["prompt_schedule"]) if "prompt_schedule" in given else ()
-    if "prompts_file" in given:
-        prompts = read_prompts(given["prompts_file"])
-    elif "prompt" in given:
-        prompts = [given["prompt"]]
-    else:
-        if schedule[0].chunk != 0:
-            raise UserError(f"--prompt_schedule: without --prompt it must begin at chunk 0, got {schedule[0].chunk}")
-        prompts = [schedule[0].prompt]
-    paths = outputs(given, prompts)
-
-    import jax
-    import numpy as np
-    import PIL.Image
-
-    from helios_jax import video as video_io
-    from helios_jax.pipeline.pipeline import HeliosPipeline, SamplingOptions
-    from helios_jax.pipeline.request import DEFAULT_FPS
-
-    # Inputs are read before the model is loaded, so that their mistakes show at once.
-    image = video_io.read_image(given["image"]) if "image" in given else None
-    frames = video_io.read_video(given["video"], min_frames=33) if "video" in given else None
-    dtype = given.get("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
-    pipeline = HeliosPipeline.from_pretrained(given.get("model", BOX), dtype=dtype, lora=lora,
-                                              merge_lora=not given.get("lora_apart", False))
-    run = SamplingOptions(
-        **{key: given[key] for key in ("height", "width", "num_frames", "seed", "skip_first_chunk") if key in given},
-        steps=steps, guidance_scale=given.get("guidance"), use_zero_init=not given.get("no_zero_init", False),
-        amplify_first_chunk=not given.get("no_amplify_first_chunk", False))
-    size = pipeline.checked_size(run)
-    if image is not None:
-        image = video_io.preprocess_image(PIL.Image.fromarray(image), size.height, size.width)
-    if frames is not None:
-        frames = video_io.preprocess_video([PIL.Image.fromarray(f) for f in np.asarray(frames)], size.height,
-                                           size.width)
-    for prompt, path in zip(prompts, paths, strict=True):
-        stream = pipeline.stream(prompt, negative_prompt=given.get("negative_prompt", ""), image=image, video=frames,
-                                 prompt_schedule=schedule, options=run)
-        with video_io.VideoWriter(path, fps=given.get("fps", DEFAULT_FPS)) as writer:
-            progress = Progress(path.name, stream.num_chunks, stream.num_frames, given.get("quiet", False))
+def sample_one(stream: VideoStream, writer: VideoWriter, progress: Progress) -> None:
+    """Writes every chunk as it comes; on Ctrl-C says what was saved."""
+    try:
+        with writer:
             try:
                 for chunk in stream:
                     writer.append(chunk.frames[0])
                     progress.update(chunk.index, chunk.frames.shape[1])
             finally:
                 progress.finish()
-        print(path)
+    except KeyboardInterrupt:
+        if writer.frames_written:
+            print(f"saved {writer.frames_written} of {stream.num_frames} frames: {writer.path}", file=sys.stderr)
+        raise
+    print(writer.path, flush=True)
+
+
+@command_line
+def main(argv: list[str] | None = None) -> int:
+    given = options(sys.argv[1:] if argv is None else argv)
+    steps, lora = parse_steps(given.get("steps")), parse_lora(given.get("lora", []))
+
+    import jax
+
+    from helios_jax import video as video_io
+    from helios_jax.convert.folder import read_model_folder, resolve_model
+    from helios_jax.pipeline.pipeline import HeliosPipeline
+    from helios_jax.pipeline.prompts import checked_schedule, parse_schedule
+    from helios_jax.pipeline.request import CHUNK_FRAMES, DEFAULT_FPS, SamplingOptions
+
+    # Everything that can be wrong is looked at before the weights are read, which may take minutes.
+    schedule = given.get("prompt_schedule", ())
+    if schedule or schedule == []:
+        schedule = parse_schedule(schedule) if isinstance(schedule, str) else checked_schedule(schedule)
+    if "prompts_file" in given:
+        prompts = read_prompts(given["prompts_file"])
+    elif "prompt" in given:
+        prompts = [given["prompt"]]
+    elif schedule[0].chunk == 0:
+        prompts = [schedule[0].prompt]
+    else:
+        raise UserError(f"--prompt_schedule: without --prompt it must begin at chunk 0, got {schedule[0].chunk}")
+    paths, fps = outputs(given, prompts), given.get("fps", DEFAULT_FPS)
+    image = video_io.read_image(given["image"]) if "image" in given else None
+    frames = video_io.read_video(given["video"], min_frames=CHUNK_FRAMES) if "video" in given else None
+    folder = read_model_folder(resolve_model(given.get("model", BOX)))
+    run = SamplingOptions(
+        **{key: given[key] for key in ("height", "width", "num_frames", "seed", "skip_first_chunk",
+                                       "allow_distilled_guidance") if key in given},
+        steps=steps, guidance_scale=given.get("guidance"), use_zero_init=not given.get("no_zero_init", False),
+        amplify_first_chunk=not given.get("no_amplify_first_chunk", False)).checked(folder.index, folder.scheduler)
+    if schedule:
+        checked_schedule(schedule, -(-run.num_frames // CHUNK_FRAMES))
+    if image is not None:
+        image = video_io.preprocess_image(image, run.height, run.width)
+    if frames is not None:
+        frames = video_io.preprocess_video(frames, run.height, run.width)
+    for path in paths:
+        video_io.VideoWriter(path, fps).discard()  # finds every output that cannot be written
+
+    dtype = given.get("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
+    pipeline = HeliosPipeline.from_pretrained(folder.root, dtype=dtype, lora=lora,
+                                              merge_lora=not given.get("lora_apart", False))
+    for prompt, path in zip(prompts, paths, strict=True):
+        stream = pipeline.stream(prompt, negative_prompt=given.get("negative_prompt", ""), image=image, video=frames,
+                                 prompt_schedule=schedule, options=run)
+        progress = Progress(path.name, stream, given.get("quiet", False), compiles=path == paths[0])
+        sample_one(stream, video_io.VideoWriter(path, fps), progress)
     return 0
 
 

@@ -6,8 +6,8 @@ them. The order of the draws is that of the original, so that its noise can be f
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,8 @@ from helios_jax.diffusion import noise
 from helios_jax.diffusion.history import HistoryLayout, add_noise, noise_sigma
 from helios_jax.diffusion.noise import NoiseSource
 from helios_jax.errors import UserError
-from helios_jax.models.vae import WanVAE, normalize_latents, posterior_sample
 
 Array = jax.Array
-
-# Noise levels of the conditions, drawn uniformly from this range (the original's defaults for image and video).
-CONDITION_SIGMA = (0.111, 0.135)
 
 
 class Condition(NamedTuple):
@@ -34,27 +30,25 @@ class Condition(NamedTuple):
 
 
 class ConditionEncoder:
-    """Encodes images and videos with the VAE into a :class:`Condition`.
+    """Encodes images and videos into a :class:`Condition`.
 
     Args:
-      vae, params, config: the VAE.
+      encode: (video [1, F, H, W, 3], normals for the posterior [1, T, h, w, C]) -> normalised latents [1, T, h, w, C]
+        float32; a compiled program of the pipeline.
+      config: the VAE's sizes.
       layout: frames of history and chunk.
       sigma: range of the noise level that the condition frames are given; None adds no noise.
     """
 
-    def __init__(self, vae: WanVAE, params: Any, config: VAEConfig, layout: HistoryLayout,
-                 sigma: tuple[float, float] | None = CONDITION_SIGMA):
+    def __init__(self, encode: Callable[[Array, Array], Array], config: VAEConfig, layout: HistoryLayout,
+                 sigma: tuple[float, float] | None):
         self.config, self.layout, self.sigma = config, layout, sigma
         self.window = (layout.chunk - 1) * config.scale_factor_temporal + 1
-        self._params = params
+        self._encode_one = encode
 
-        @functools.partial(jax.jit, static_argnames="last_only")
-        def encode(params, video, eps, last_only=False):
-            mean, logvar = vae.apply({"params": params}, video.astype(vae.dtype), method=WanVAE.encode)
-            z = normalize_latents(posterior_sample(mean, logvar, eps.astype(mean.dtype)), config)
-            return (z[:, -1:] if last_only else z).astype(jnp.float32)
-
-        self._encode = encode
+    def _encode(self, video: Array, eps: Array) -> Array:
+        """Video by video, so that the result does not depend on the batch."""
+        return jnp.concatenate([self._encode_one(video[i:i + 1], eps[i:i + 1]) for i in range(len(video))])
 
     def empty(self, batch: int, height: int, width: int) -> Condition:
         """Text to video: zeros."""
@@ -73,9 +67,9 @@ class ConditionEncoder:
         b, height, width, _ = image.shape
         shape = (b, self.layout.chunk, height // 8, width // 8, self.config.z_dim)
         one = (b, 1, *shape[2:])
-        anchor = self._encode(self._params, image[:, None], source.normal(noise.ANCHOR_POSTERIOR, (), one))
+        anchor = self._encode(image[:, None], source.normal(noise.ANCHOR_POSTERIOR, (), one))
         still = jnp.repeat(image[:, None], self.window, axis=1)  # [B, 33, H, W, 3]
-        newest = self._encode(self._params, still, source.normal(noise.HISTORY_POSTERIOR, (), shape), last_only=True)
+        newest = self._encode(still, source.normal(noise.HISTORY_POSTERIOR, (), shape))[:, -1:]
         anchor = self._noised(source, anchor, noise.ANCHOR_SIGMA, noise.ANCHOR_NOISE, ())
         newest = self._noised(source, newest, noise.HISTORY_SIGMA, noise.HISTORY_NOISE, ())
         return Condition(self.layout.append(self.empty(b, height, width).history, newest), anchor, True)
@@ -94,9 +88,9 @@ class ConditionEncoder:
         shape = (b, self.layout.chunk, height // 8, width // 8, self.config.z_dim)
         chunks = frames // self.window
         start = frames - chunks * self.window
-        anchor = self._encode(self._params, video[:, :1], source.normal(noise.ANCHOR_POSTERIOR, (), (b, 1, *shape[2:])))
+        anchor = self._encode(video[:, :1], source.normal(noise.ANCHOR_POSTERIOR, (), (b, 1, *shape[2:])))
         latents = [
-            self._encode(self._params, video[:, start + i * self.window: start + (i + 1) * self.window],
+            self._encode(video[:, start + i * self.window: start + (i + 1) * self.window],
                          source.normal(noise.VIDEO_POSTERIOR, (i,), shape))
             for i in range(chunks)
         ]

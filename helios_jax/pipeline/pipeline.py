@@ -17,17 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax import text as text_path
-from helios_jax.convert.folder import ModelFolder
+from helios_jax.convert.folder import ModelFolder, read_model_folder, resolve_model
 from helios_jax.convert.load import load_pipeline_params
-from helios_jax.diffusion.history import HistoryLayout, replaces_anchor, update_anchor
+from helios_jax.diffusion.history import replaces_anchor, update_anchor
 from helios_jax.diffusion.noise import NoiseSource, SeededNoise
 from helios_jax.errors import UserError
+from helios_jax.lora import adapter_tree, merge, read_lora
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.umt5 import UMT5Encoder
-from helios_jax.models.vae import WanVAE, denormalize_latents
+from helios_jax.models.vae import WanVAE, denormalize_latents, normalize_latents, posterior_sample
 from helios_jax.pipeline import request as check
-from helios_jax.pipeline.conditioning import CONDITION_SIGMA, Condition, ConditionEncoder
-from helios_jax.pipeline.prompts import PromptChange, PromptTrack, checked_schedule
+from helios_jax.pipeline.conditioning import Condition, ConditionEncoder
+from helios_jax.pipeline.prompts import PromptChange, PromptTrack, checked_schedule, rows_needed, with_rows
+from helios_jax.pipeline.request import SamplingOptions
 from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
 
 Array = jax.Array
@@ -36,37 +38,6 @@ Params = Mapping[str, Any]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Above this many bytes for one full-resolution activation the VAE decodes one latent frame at a time.
 WHOLE_DECODE_BYTES = 256 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """Everything about a run but its prompts, image and video. None means the variant's default.
-
-    Attributes:
-      height, width: pixels; default: the checkpoint's native size.
-      num_frames: exact number of frames returned.
-      steps: denoising steps, one number or one per pyramid stage.
-      guidance_scale: above 1 runs the model on the negative prompt too.
-      seed: one for all prompts or one per prompt.
-      use_zero_init, zero_steps: zero init of Mid.
-      amplify_first_chunk: twice the steps on the first chunk of Distilled.
-      skip_first_chunk: anchor anew on the second chunk.
-      condition_sigma: range of the noise on image and video conditions, or None for none.
-      allow_distilled_guidance: accept a guidance scale above 1 on a distilled model.
-    """
-
-    height: int | None = None
-    width: int | None = None
-    num_frames: int = check.DEFAULT_FRAMES
-    steps: int | Sequence[int] | None = None
-    guidance_scale: float | None = None
-    seed: int | Sequence[int] = check.DEFAULT_SEED
-    use_zero_init: bool = True
-    zero_steps: int = 1
-    amplify_first_chunk: bool = True
-    skip_first_chunk: bool = False
-    condition_sigma: tuple[float, float] | None = CONDITION_SIGMA
-    allow_distilled_guidance: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +64,12 @@ class HeliosPipeline:
       dtype: compute dtype of transformer and text encoder; the VAE runs in ``vae_dtype``.
       lora: adapter tree for the transformer, or None.
       unroll: layers per iteration of the transformer's scan, 0 for all; default: all on a CPU, 1 elsewhere.
+      tokenizer: default: that of the folder, read at the first prompt.
     """
 
     def __init__(self, folder: ModelFolder, params: Mapping[str, Params], *, dtype: Any = jnp.float32,
-                 vae_dtype: Any = jnp.float32, lora: Params | None = None, unroll: int | None = None):
+                 vae_dtype: Any = jnp.float32, lora: Params | None = None, unroll: int | None = None,
+                 tokenizer: text_path.TokenEncoder | None = None):
         self.folder, self.index, self.scheduler = folder, folder.index, folder.scheduler
         on_cpu = jax.default_backend() == "cpu"
         unroll = (0 if on_cpu else 1) if unroll is None else unroll
@@ -104,8 +77,11 @@ class HeliosPipeline:
         self.vae = WanVAE(folder.vae, vae_dtype, "taps" if on_cpu else "3d")
         self.text_encoder = UMT5Encoder(folder.text_encoder, dtype)
         self.params = dict(params)
-        self.variables = {"params": params["transformer"]} | ({"lora": lora} if lora else {})
+        self.variables = {"params": params["transformer"]} | ({"lora": jax.tree.map(jnp.asarray, lora)} if lora else {})
+        self._tokenizer = tokenizer
+        # Compiled here and not per run, so that a second video of the same size compiles nothing.
         self._context = jax.jit(self.transformer.text_context, static_argnames="total")
+        self._encode = jax.jit(functools.partial(_encode_window, self.vae))
         self._decode = jax.jit(functools.partial(_decode_chunk, self.vae))
         self._samplers: dict[Any, ChunkSampler] = {}
 
@@ -128,13 +104,13 @@ class HeliosPipeline:
             if value not in DTYPES:
                 raise UserError(f"{name}: one of {', '.join(DTYPES)}, got {value!r}")
         compute, vae_compute = DTYPES[dtype], DTYPES[vae_dtype]
-        folder, params = load_pipeline_params(
-            model, dtype={"transformer": compute, "text_encoder": compute, "vae": vae_compute})
+        folder = read_model_folder(resolve_model(model))
+        # The small files first: a mistake in them shows before gigabytes are read.
+        loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
+        _, params = load_pipeline_params(
+            folder.root, dtype={"transformer": compute, "text_encoder": compute, "vae": vae_compute})
         adapters = None
-        if lora:
-            from helios_jax.lora import adapter_tree, merge, read_lora
-
-            loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
+        if loaded:
             if merge_lora:
                 params["transformer"] = merge(params["transformer"], loaded)
             else:
@@ -176,58 +152,58 @@ class HeliosPipeline:
         names = {field.name for field in dataclasses.fields(SamplingOptions)}
         if unknown := sorted(set(fields) - names):
             raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(names))}")
-        options = dataclasses.replace(options or SamplingOptions(), **fields)
-        embedded = isinstance(prompt, text_path.PromptEmbedding)
-        prompts = prompt if embedded else check.checked_prompts("prompt", prompt)
-        batch = len(prompts)
-        changes = checked_schedule(prompt_schedule) if prompt_schedule else ()
-        if changes and batch > 1:
-            raise UserError(f"prompt_schedule: goes with one prompt, got {batch}")
-        steps = check.checked_steps(options.steps, self.index, self.scheduler)
-        size = self.checked_size(options)
-        check.checked_count("num_frames", options.num_frames)
-        check.checked_count("zero_steps", options.zero_steps, 0)
-        guidance_scale = check.checked_guidance(options.guidance_scale, self.index, options.allow_distilled_guidance)
-        seeds = (options.seed,) if isinstance(options.seed, int) else tuple(options.seed)
-        source = noise or SeededNoise(check.broadcast("seed", seeds, batch))
+        prompts = self._checked_prompts("prompt", prompt)
+        negatives = self._checked_prompts("negative_prompt", negative_prompt, len(prompts))
+        options = dataclasses.replace(options or SamplingOptions(), **fields).checked(self.index, self.scheduler,
+                                                                                      len(prompts))
         if image is not None and video is not None:
             raise UserError("image and video: give one of them, not both")
-        plan = SamplingPlan.for_model(self.index, steps=steps, guidance_scale=guidance_scale,
+        pixels = _checked_pixels("image" if video is None else "video", image if video is None else video,
+                                 len(prompts), options.height, options.width)
+        plan = SamplingPlan.for_model(self.index, steps=options.steps, guidance_scale=options.guidance_scale,
                                       use_zero_init=options.use_zero_init, zero_steps=options.zero_steps,
                                       amplify_first_chunk=options.amplify_first_chunk)
-        encoder = ConditionEncoder(self.vae, self.params["vae"], self.folder.vae, plan.layout, options.condition_sigma)
-        pixels = _checked_pixels("image" if video is None else "video", image if video is None else video, batch, size)
-        negatives = negative_prompt
-        if not isinstance(negatives, text_path.PromptEmbedding):
-            texts = check.checked_prompts("negative_prompt", negative_prompt)
-            negatives = check.broadcast("negative_prompt", texts, batch)
-        return VideoStream(self, prompts, negatives, changes, plan, encoder, pixels, video is not None, source, size,
-                           options)
+        encoder = ConditionEncoder(functools.partial(self._encode, self.params["vae"]), self.folder.vae, plan.layout,
+                                   options.condition_sigma)
+        changes = ()
+        if prompt_schedule:
+            changes = checked_schedule(prompt_schedule, -(-options.num_frames // encoder.window))
+            if len(prompts) > 1:
+                raise UserError(f"prompt_schedule: goes with one prompt, got {len(prompts)}")
+        return VideoStream(self, prompts, negatives, changes, plan, encoder, pixels, video is not None,
+                           noise or SeededNoise(options.seed), options)
 
-    def checked_size(self, options: SamplingOptions) -> check.Size:
-        """The pixel size of a run.
-
-        Raises:
-          UserError: a size the pyramid cannot halve; names the nearest allowed ones.
-        """
-        stages = len(check.checked_steps(options.steps, self.index, self.scheduler))
-        height, width = (native if asked is None else asked for native, asked in
-                         zip(self.index.native_size, (options.height, options.width), strict=True))
-        return check.Size.checked(height, width, stages)
+    def _checked_prompts(self, name: str, prompts: Any, batch: int | None = None
+                         ) -> tuple[str, ...] | text_path.PromptEmbedding:
+        """Texts or embeddings, one per video where ``batch`` says how many those are."""
+        if not isinstance(prompts, text_path.PromptEmbedding):
+            texts = check.checked_prompts(name, prompts)
+            return texts if batch is None else check.broadcast(name, texts, batch)
+        width = self.folder.transformer.text_dim
+        if prompts.rows.ndim != 3 or prompts.rows.shape[-1] != width:
+            raise UserError(f"{name}: embeddings [batch, rows, {width}] expected, got {list(prompts.rows.shape)}")
+        if batch is not None and len(prompts) not in (1, batch):
+            raise UserError(f"{name}: 1 or {batch} embeddings expected (one per prompt), got {len(prompts)}")
+        return prompts if batch in (None, len(prompts)) else text_path.concatenate([prompts] * batch)
 
     # -- pieces the stream runs ---------------------------------------------------------------------------------
 
-    def sampler(self, plan: SamplingPlan, size: check.Size) -> ChunkSampler:
+    def sampler(self, plan: SamplingPlan, height: int, width: int) -> ChunkSampler:
         """The compiled sampler of a plan and size; kept, so that a second video compiles nothing."""
-        key = (plan, size)
+        key = (plan, height, width)
         if key not in self._samplers:
-            self._samplers[key] = ChunkSampler(self.transformer, self.scheduler, plan, size.height, size.width,
+            self._samplers[key] = ChunkSampler(self.transformer, self.scheduler, plan, height, width,
                                                self.folder.vae.z_dim)
         return self._samplers[key]
 
+    def compiled_programs(self) -> int:
+        """How many programs have been compiled for text context, VAE and denoising."""
+        return (sum(program._cache_size() for program in (self._context, self._encode, self._decode))
+                + sum(sampler.compiled_programs() for sampler in self._samplers.values()))
+
     @functools.cached_property
     def _prompt_encoder(self) -> text_path.PromptEncoder:
-        tokenizer = text_path.Tokenizer.from_folder(self.folder.tokenizer)
+        tokenizer = self._tokenizer or text_path.Tokenizer.from_folder(self.folder.tokenizer)
         return text_path.PromptEncoder(self.text_encoder, self.params["text_encoder"], tokenizer)
 
     def embed(self, prompts: Sequence[str] | text_path.PromptEmbedding) -> text_path.PromptEmbedding:
@@ -247,47 +223,46 @@ class VideoStream(Iterator[Chunk]):
     """A run in progress: iterate for its chunks, change the prompt in between.
 
     Attributes:
-      num_chunks, num_frames, size: of the whole run.
+      num_chunks, num_frames: of the whole run.
       position: index of the chunk that comes next.
     """
 
     def __init__(self, pipeline: HeliosPipeline, prompts: Sequence[str] | text_path.PromptEmbedding,
                  negatives: Sequence[str] | text_path.PromptEmbedding, changes: Sequence[PromptChange],
                  plan: SamplingPlan, encoder: ConditionEncoder, pixels: np.ndarray | None, is_video: bool,
-                 source: NoiseSource, size: check.Size, options: SamplingOptions):
-        self.num_frames, self.size = options.num_frames, size
-        self.window = encoder.window
+                 source: NoiseSource, options: SamplingOptions):
+        self.num_frames, self.window = options.num_frames, encoder.window
         self.num_chunks = -(-options.num_frames // self.window)
         self.position = 0
-        self._pipeline, self._plan, self._source = pipeline, plan, source
-        self._skip_first_chunk = options.skip_first_chunk
-        self._sampler = pipeline.sampler(plan, size)
+        self._pipeline, self._source, self._layout, self._options = pipeline, source, plan.layout, options
+        self._sampler = pipeline.sampler(plan, options.height, options.width)
         self._batch = len(prompts)
+        # The videos that share a program.
+        self._groups = [slice(i, i + options.videos_at_once) for i in range(0, self._batch, options.videos_at_once)]
         self._track = PromptTrack(pipeline.embed(prompts))
         for change in changes:
             self._track.change(change.chunk, pipeline.embed((change.prompt,)), change.blend)
         self._negative = pipeline.embed(negatives) if plan.guided else None
-        self._context: tuple[Any, TextContext] | None = None
-        self._condition = self._conditions(encoder, pixels, is_video)
-        self._layout: HistoryLayout = plan.layout
-
-    def _conditions(self, encoder: ConditionEncoder, pixels: np.ndarray | None, is_video: bool) -> Condition:
+        self._text_rows = [0] * len(self._groups)
+        self._make_room()
+        self._contexts: tuple[text_path.PromptEmbedding, list[TextContext]] | None = None
         if pixels is None:
-            return encoder.empty(self._batch, self.size.height, self.size.width)
-        return (encoder.video if is_video else encoder.image)(self._source, jnp.asarray(pixels))
+            self._condition = encoder.empty(self._batch, options.height, options.width)
+        else:
+            self._condition = (encoder.video if is_video else encoder.image)(source, jnp.asarray(pixels))
 
     def set_prompt(self, prompt: str | Sequence[str] | text_path.PromptEmbedding, blend: int = 0) -> None:
         """Changes the prompt from the next chunk on, at once or blended over ``blend`` chunks.
 
+        Nothing is compiled again, unless the prompt is longer than ``text_rows`` and all before it.
+
         Raises:
-          UserError: the number of prompts differs from the run's batch.
+          UserError: the number of prompts is neither 1 nor the run's batch, or ``blend`` is negative.
         """
-        if isinstance(prompt, text_path.PromptEmbedding):
-            if len(prompt) != self._batch:
-                raise UserError(f"prompt: {self._batch} expected, got {len(prompt)}")
-        else:
-            prompt = check.broadcast("prompt", check.checked_prompts("prompt", prompt), self._batch)
+        check.checked_count("blend", blend, 0)
+        prompt = self._pipeline._checked_prompts("prompt", prompt, self._batch)
         self._track.change(self.position, self._pipeline.embed(prompt), blend)
+        self._make_room()
 
     def __iter__(self) -> VideoStream:
         return self
@@ -295,26 +270,43 @@ class VideoStream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self.position >= self.num_chunks:
             raise StopIteration
-        k, history, anchor = self.position, self._condition.history, self._condition.anchor
-        latents = self._sampler.denoise(self._pipeline.variables, self._source, k, self._batch, self._text(k), history,
-                                        anchor)
-        replace = replaces_anchor(k, self._condition.has_anchor, self._skip_first_chunk)
-        self._condition = Condition(self._layout.append(history, latents), update_anchor(anchor, latents, replace),
-                                    self._condition.has_anchor)
-        frames = np.asarray(self._pipeline.decode(latents))
+        k, (history, anchor, has_anchor) = self.position, self._condition
+        drawn = self._sampler.draw(self._source, k, self._batch)
+        latents, frames = [], []
+        for group, text in zip(self._groups, self._text(k), strict=True):
+            latents.append(self._sampler.denoise(self._pipeline.variables, [x[group] for x in drawn], k, text,
+                                                 history[group], anchor[group]))
+            frames.append(np.asarray(self._pipeline.decode(latents[-1])))
+        new = jnp.concatenate(latents)
+        replace = replaces_anchor(k, has_anchor, self._options.skip_first_chunk)
+        # Last, so that an interrupted chunk can be asked for again.
+        self._condition = Condition(self._layout.append(history, new), update_anchor(anchor, new, replace), has_anchor)
         self.position += 1
-        return Chunk(k, frames[:, : self.num_frames - k * self.window], latents)
+        return Chunk(k, np.concatenate(frames)[:, : self.num_frames - k * self.window], new)
 
-    def _text(self, chunk: int) -> TextContext:
-        """The chunk's text context; computed anew only where the prompt changed."""
-        old, new, weight = self._track.at(chunk)
-        key = (id(old), id(new), weight)
-        if self._context is None or self._context[0] != key:
-            embedding = new if weight == 1.0 else text_path.blend(old, new, weight)
-            if self._negative is not None:
-                embedding = text_path.concatenate([embedding, self._negative])
-            self._context = (key, self._pipeline.context(embedding))
-        return self._context[1]
+    def _make_room(self) -> None:
+        """Chooses the number of text rows per group; it only grows."""
+        known = self._track.known() + ([] if self._negative is None else [self._negative])
+        self._text_rows = [rows_needed([e[group] for e in known], max(least, self._options.text_rows))
+                           for group, least in zip(self._groups, self._text_rows, strict=True)]
+
+    def _text(self, chunk: int) -> list[TextContext]:
+        """The chunk's text context per group; computed anew only where the prompt changed."""
+        prompts = self._track.at(chunk)
+        if self._contexts is None or self._contexts[0] is not prompts:
+            contexts = []
+            for group, rows in zip(self._groups, self._text_rows, strict=True):
+                parts = [e[group] for e in (prompts, self._negative) if e is not None]
+                contexts.append(self._pipeline.context(text_path.concatenate([with_rows(e, rows) for e in parts])))
+            self._contexts = (prompts, contexts)
+        return self._contexts[1]
+
+
+def _encode_window(vae: WanVAE, params: Params, video: Array, eps: Array) -> Array:
+    """Frames [B, F, H, W, 3] in [-1, 1] and posterior normals -> normalised latents [B, T, h, w, 16] float32."""
+    mean, logvar = vae.apply({"params": params}, video.astype(vae.dtype), method=WanVAE.encode)
+    z = normalize_latents(posterior_sample(mean, logvar, eps.astype(mean.dtype)), vae.config)
+    return z.astype(jnp.float32)
 
 
 def _decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
@@ -336,14 +328,20 @@ def _decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
     return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
 
 
-def _checked_pixels(name: str, pixels: np.ndarray | None, batch: int, size: check.Size) -> np.ndarray | None:
+def _checked_pixels(name: str, pixels: np.ndarray | None, batch: int, height: int, width: int) -> np.ndarray | None:
     """Image [B, H, W, 3] or video [B, F, H, W, 3], repeated for the batch where one was given for all."""
     if pixels is None:
         return None
     rank = 4 if name == "image" else 5
-    pixels = np.asarray(pixels, np.float32)
+    pixels = np.asarray(pixels)
     pixels = pixels[None] if pixels.ndim == rank - 1 else pixels
-    if pixels.ndim != rank or pixels.shape[-3:] != (size.height, size.width, 3) or len(pixels) not in (1, batch):
-        raise UserError(f"{name}: shape [1 or {batch}, {'frames, ' if rank == 5 else ''}{size.height}, {size.width}, 3]"
-                        f" expected, got {list(pixels.shape)}")
+    if pixels.ndim != rank or pixels.shape[-3:] != (height, width, 3) or len(pixels) not in (1, batch):
+        raise UserError(f"{name}: shape [{'1 or ' if batch > 1 else ''}{batch}, {'frames, ' if rank == 5 else ''}"
+                        f"{height}, {width}, 3] expected, got {list(pixels.shape)}")
+    if rank == 5 and pixels.shape[1] < check.CHUNK_FRAMES:
+        raise UserError(f"video: at least {check.CHUNK_FRAMES} frames are needed, got {pixels.shape[1]}")
+    if pixels.dtype.kind != "f" or not np.abs(pixels).max() <= 1:  # also catches NaN
+        raise UserError(f"{name}: floats from -1 to 1 expected (see helios_jax.video.preprocess_{name}), got "
+                        f"{pixels.dtype} from {pixels.min():g} to {pixels.max():g}")
+    pixels = pixels.astype(np.float32)
     return np.repeat(pixels, batch, axis=0) if len(pixels) != batch else pixels

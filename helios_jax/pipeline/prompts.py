@@ -6,12 +6,14 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from helios_jax.config import read_json
 from helios_jax.errors import UserError
+from helios_jax.pipeline.request import checked_count
+from helios_jax.text import PromptEmbedding, blend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,38 +25,43 @@ class PromptChange:
     blend: int = 0
 
     def __post_init__(self):
-        for name, least in (("chunk", 0), ("blend", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"prompt_schedule: {name} must be a whole number of at least {least}, got {value!r}")
+        for name in ("chunk", "blend"):
+            checked_count(f"prompt_schedule: {name}", getattr(self, name), 0)
         if not isinstance(self.prompt, str):
-            raise UserError(f"prompt_schedule: prompt must be text, got {type(self.prompt).__name__}")
+            raise UserError(f"prompt_schedule: prompt must be text, got {self.prompt!r}")
 
 
 def parse_schedule(text: str) -> tuple[PromptChange, ...]:
     """Reads ``--prompt_schedule``.
 
     Args:
-      text: a JSON file, or JSON text: ``[{"chunk": 0, "prompt": "...", "blend": 3}, ...]``; a file may also hold an
-        object with the key "changes".
+      text: JSON text ``[{"chunk": 0, "prompt": "...", "blend": 3}, ...]`` or the name of a file that holds such text;
+        also an object with the list under the key "changes".
     Raises:
       UserError: not readable, no entries, unknown keys, or chunks that do not ascend.
     """
-    if text.lstrip().startswith("["):
+    origin = "prompt_schedule"
+    if not text.lstrip().startswith(("[", "{")):
+        origin = f"prompt_schedule: {text[:200]}"
         try:
-            entries = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"prompt_schedule: not valid JSON ({error})") from None
-    else:
-        path = Path(text)
-        if path.is_file() and path.read_bytes()[:1] == b"[":
-            return parse_schedule(path.read_text(encoding="utf-8"))
-        entries = read_json(path).get("changes")
-    return checked_schedule(entries)
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no text in UTF-8"
+            raise UserError(f"{origin}: cannot be read ({reason}); a JSON file or JSON text is expected") from None
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid JSON ({error})") from None
+    return checked_schedule(entries.get("changes") if isinstance(entries, dict) else entries)
 
 
-def checked_schedule(entries: Any) -> tuple[PromptChange, ...]:
-    """Entries as :class:`PromptChange`, mappings, or (chunk, prompt) pairs; chunks must ascend strictly."""
+def checked_schedule(entries: Any, num_chunks: int | None = None) -> tuple[PromptChange, ...]:
+    """Entries as :class:`PromptChange`, mappings, or (chunk, prompt[, blend]); chunks must ascend strictly.
+
+    Args:
+      entries: the schedule.
+      num_chunks: of the video, to find changes that would never come.
+    """
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         raise UserError('prompt_schedule: a list like [{"chunk": 0, "prompt": "..."}] expected')
     changes = []
@@ -73,6 +80,9 @@ def checked_schedule(entries: Any) -> tuple[PromptChange, ...]:
     chunks = [change.chunk for change in changes]
     if chunks != sorted(set(chunks)):
         raise UserError(f"prompt_schedule: chunks must ascend, got {chunks}")
+    if num_chunks is not None and chunks[-1] >= num_chunks:
+        raise UserError(f"prompt_schedule: a change at chunk {chunks[-1]}, but the video has {num_chunks} "
+                        f"chunk{'s' if num_chunks > 1 else ''} of 33 frames, counted from 0")
     return tuple(changes)
 
 
@@ -83,20 +93,52 @@ def blend_weight(position: int, blend: int) -> float:
     return float(np.linspace(0.0, 1.0, blend)[position])
 
 
+class _Change(NamedTuple):
+    chunk: int
+    before: PromptEmbedding
+    after: PromptEmbedding
+    blend: int
+
+
 class PromptTrack:
-    """The prompts of a run as a function of the chunk; the live session appends to it."""
+    """The prompts of a run as a function of the chunk; the last one is held to the end.
 
-    def __init__(self, prompts: Any):
-        self._changes: list[tuple[int, Any, int]] = [(0, prompts, 0)]
+    Args:
+      first: embeddings [B, S, D] of chunk 0, one per video.
+    """
 
-    def change(self, chunk: int, prompts: Any, blend: int = 0) -> None:
-        """From ``chunk`` on; drops earlier announcements for that chunk and later ones."""
-        self._changes = [c for c in self._changes if c[0] < chunk] + [(chunk, prompts, blend)]
+    def __init__(self, first: PromptEmbedding):
+        self._changes = [_Change(0, first, first, 0)]
 
-    def at(self, chunk: int) -> tuple[Any, Any, float]:
-        """(old prompts, new prompts, weight of the new) for a chunk; the last prompt is held to the end."""
-        index = max(i for i, (start, _, _) in enumerate(self._changes) if start <= chunk)
-        start, prompts, blend = self._changes[index]
-        weight = blend_weight(chunk - start, blend)
-        old = self._changes[index - 1][1] if index else prompts
-        return old, prompts, weight if index else 1.0
+    def change(self, chunk: int, after: PromptEmbedding, blend: int = 0) -> None:
+        """From ``chunk`` on; drops earlier announcements for that chunk and later ones.
+
+        A change that comes before another one's blend has ended starts from the mixture that was reached.
+        """
+        before = self.at(chunk - 1) if chunk else after
+        self._changes = [c for c in self._changes if c.chunk < chunk] + [_Change(chunk, before, after, blend)]
+
+    def at(self, chunk: int) -> PromptEmbedding:
+        """What a chunk sees. The same object as long as nothing changes."""
+        change = next(c for c in reversed(self._changes) if c.chunk <= chunk)
+        weight = blend_weight(chunk - change.chunk, change.blend)
+        return change.after if weight == 1 else blend(change.before, change.after, weight)
+
+    def known(self) -> list[PromptEmbedding]:
+        """All prompts that have been announced."""
+        return [change.after for change in self._changes]
+
+
+def rows_needed(embeddings: Sequence[PromptEmbedding], least: int = 0) -> int:
+    """Rows that hold every one of some embeddings: a power of two from 32 on, or all rows there are.
+
+    Few different numbers, because each is a shape that the model is compiled for.
+    """
+    longest = max(least, *(int(np.max(e.lengths)) for e in embeddings))
+    return min(max(32, 1 << (longest - 1).bit_length()), *(e.total_rows for e in embeddings))
+
+
+def with_rows(embedding: PromptEmbedding, count: int) -> PromptEmbedding:
+    """The same prompts with ``count`` stored rows, at least as many as the longest has tokens; zeros are cut or added.
+    """
+    return dataclasses.replace(embedding, rows=jnp.asarray(embedding.rows)[:, :count]).with_rows(count)

@@ -92,7 +92,8 @@ class ChunkSampler:
         self.stages = len(plan.steps)
         self._tables = {amplify: self._stage_tables(amplify) for amplify in {False, plan.amplify_first_chunk}}
         self._noise_shape = jax.jit(lambda x: pyramid.noise_pyramid(x, self.stages)[0])
-        self._stage_programs = [jax.jit(functools.partial(self._stage, stage), donate_argnums=1)
+        # Later stages enlarge their input, whose memory is then of no use to them.
+        self._stage_programs = [jax.jit(functools.partial(self._stage, stage), donate_argnums=() if stage else 1)
                                 for stage in range(self.stages)]
 
     def schedules(self, amplify: bool = False) -> tuple[Schedule, ...]:
@@ -114,33 +115,44 @@ class ChunkSampler:
             tables.append(StageTables(coefficients, timesteps, np.int32(schedule.num_steps)))
         return tables
 
-    def denoise(self, variables: Mapping[str, Any], source: NoiseSource, chunk: int, batch: int, text: TextContext,
+    def draw(self, source: NoiseSource, chunk: int, batch: int) -> list[Array]:
+        """All noise of one chunk, in the order in which the original draws it.
+
+        Returns: per stage, the starting noise [B, 9, h, w, C] and the white noise [B, 9, y, x, C, 4] behind the block
+          noise of each transition.
+        """
+        h, w = self.size
+        frames = self.plan.layout.chunk
+        drawn = [source.normal(noise.CHUNK, (chunk,), (batch, frames, h, w, self.channels))]
+        for stage in range(1, self.stages):
+            factor = 2 ** (self.stages - 1 - stage)
+            shape = pyramid.block_noise_shape(batch, frames, h // factor, w // factor, self.channels)
+            drawn.append(source.normal(noise.BLOCK, (chunk, stage), shape))
+        return drawn
+
+    def denoise(self, variables: Mapping[str, Any], drawn: Sequence[Array], chunk: int, text: TextContext,
                 history: Array, anchor: Array) -> Array:
         """One chunk of clean latents.
 
         Args:
           variables: of the transformer, ``{"params": ..., "lora": ...}``.
-          source: of all noise.
+          drawn: noise of :meth:`draw`; the first array's memory is given up.
           chunk: its index in the video.
-          batch: B, number of videos.
           text: context of the B prompts, followed by the B negative prompts where guidance is on ([2B]).
           history: [B, 19, h, w, C] float32; anchor: [B, 1, h, w, C].
         Returns: [B, 9, h, w, C] float32.
         """
-        h, w = self.size
-        frames = self.plan.layout.chunk
-        x = source.normal(noise.CHUNK, (chunk,), (batch, frames, h, w, self.channels))
+        x, *blocks = drawn
         tables = self._tables[self.plan.amplify_first_chunk and chunk == 0]
         if self.stages > 1:
             x = self._noise_shape(x)  # full-resolution noise -> the lowest level's
-        for stage in range(self.stages):
-            block = None
-            if stage:
-                factor = 2 ** (self.stages - 1 - stage)
-                shape = pyramid.block_noise_shape(batch, frames, h // factor, w // factor, self.channels)
-                block = source.normal(noise.BLOCK, (chunk, stage), shape)
-            x = self._stage_programs[stage](variables, x, block, text, history, anchor, tables[stage])
+        for stage, (program, block) in enumerate(zip(self._stage_programs, [None, *blocks], strict=True)):
+            x = program(variables, x, block, text, history, anchor, tables[stage])
         return x
+
+    def compiled_programs(self) -> int:
+        """How many programs have been compiled so far."""
+        return self._noise_shape._cache_size() + sum(program._cache_size() for program in self._stage_programs)
 
     def _stage(self, stage: int, variables: Mapping[str, Any], x: Array, block: Array | None, text: TextContext,
                history: Array, anchor: Array, tables: StageTables) -> Array:
