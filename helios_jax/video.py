@@ -91,7 +91,7 @@ def _resize_array(array: np.ndarray, height: int, width: int) -> np.ndarray:
         raise UserError(f"pixels: got {array.dtype}, need uint8 or floating point")
     array = array.astype(np.float32)
     low, high = float(array.min()), float(array.max())
-    if not (-1 <= low and high <= 1):  # also catches NaN
+    if not (low >= -1 and high <= 1):  # also catches NaN
         raise UserError(f"pixels: got floats from {low:g} to {high:g}, allowed are [0, 1] or [-1, 1] (or uint8)")
     rows, columns = _nearest_index(array.shape[1], height), _nearest_index(array.shape[2], width)
     array = array[:, rows[:, None], columns[None]]  # [N,H,W,3]

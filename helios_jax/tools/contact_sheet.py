@@ -17,7 +17,7 @@ from helios_jax.video import to_uint8
 
 
 def contact_sheet(videos: list[np.ndarray], columns: int, scale: int, gap: int = 4) -> PIL.Image.Image:
-    """One row per video [F, H, W, 3] (float in [0, 1] or uint8), ``columns`` evenly spaced frames from left to right."""
+    """One row per video [F, H, W, 3] (float in [0, 1] or uint8): ``columns`` evenly spaced frames."""
     height, width = (scale * side for side in videos[0].shape[1:3])
     sheet = PIL.Image.new("RGB", (columns * (width + gap) - gap, len(videos) * (height + gap) - gap), "white")
     for row, video in enumerate(videos):
