@@ -5,18 +5,22 @@ PyTorch runs with one thread here: two of them lose most of their time to each o
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from helios_jax.config import TransformerConfig, VAEConfig
 from helios_jax.convert import load_component
 from helios_jax.convert.export import convert_model, export_pipeline
-from helios_jax.convert.rules import leaves
+from helios_jax.convert.rules import leaves, unflatten
 from helios_jax.training.tokenizer import save_tokenizer, train_tokenizer
 from helios_jax.verify import compare, inputs, memory
 from helios_jax.verify.__main__ import main, make_settings, parser
@@ -245,3 +249,35 @@ def test_changing_no_tensor_changes_no_number(models, tmp_path):
     a, b = (load_component(folder / "transformer", "transformer") for folder in (models["base"], changed))
     np.testing.assert_array_equal(a["patch_long"]["kernel"], b["patch_long"]["kernel"])
     assert np.abs(a["patch_mid"]["kernel"] - b["patch_mid"]["kernel"]).max() > 1e-5
+
+
+@pytest.mark.slow
+def test_memory_stays_within_what_is_stated(torch, tmp_path):
+    """A model of 0.7 GB, where the frame of the program does not hide a copy of the weights."""
+    config = TransformerConfig(num_attention_heads=8, attention_head_dim=128, text_dim=64, ffn_dim=2752, num_layers=24)
+    text = dataclasses.replace(tiny_checkpoint.CONFIGS["text_encoder"], d_model=64)
+    rng = np.random.default_rng(0)
+    params = {}
+    configs = tiny_checkpoint.CONFIGS | {"transformer": config, "text_encoder": text}
+    for component, its in configs.items():
+        arrays = [(leaf.path, rng.standard_normal(leaf.shape, np.float32) * max(leaf.shape) ** -0.5)
+                  for leaf in leaves(component, its)]
+        params[component] = unflatten([(path, array.astype(ml_dtypes.bfloat16)) for path, array in arrays])
+    save_tokenizer(train_tokenizer(tiny_checkpoint._CAPTIONS, tiny_checkpoint.VOCAB_SIZE), tmp_path / "tokenizer")
+    export_pipeline(tmp_path / "model", params, configs, index=tiny_checkpoint.INDEX["base"],
+                    scheduler=tiny_checkpoint.SCHEDULER["base"], tokenizer=tmp_path / "tokenizer")
+    for dtype in ("float32", "bfloat16"):
+        settings = settings_of("--model", tmp_path / "model", "--dtype", dtype)
+        stated = next(step.total for step in memory.plan(settings) if step.name.startswith("transformer"))
+        command = [sys.executable, "-m", "helios_jax.verify", "--model", tmp_path / "model", "--dtype", dtype,
+                   "--steps", "2", "--components", "transformer,sample"]
+        process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, text=True)
+        peak = 0
+        while process.poll() is None:
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                peak = max(peak, 1024 * int(next(x for x in lines if x.startswith("RssAnon")).split()[1]))
+            time.sleep(0.05)
+        print(f"{dtype}: peak {peak / 1e9:.2f} GB, stated {stated / 1e9:.2f} GB\n{process.stdout.read()}")
+        assert process.returncode == 0
+        assert peak < stated

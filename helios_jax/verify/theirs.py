@@ -199,10 +199,13 @@ def _sample(settings: Settings, module: Any, decoder: Any, precision: str, rows:
         return output
 
     decoder.decode = decode
+    # The pyramid pipeline views the output as rows, which PyTorch refuses where a stage is a single patch in size.
+    contiguous = module.register_forward_hook(lambda _module, _inputs, output: tuple(x.contiguous() for x in output))
     try:
         latents = pipeline(**call).frames
     finally:
         del decoder.decode
+        contiguous.remove()
     return {"latents": _to_numpy(latents), "frames": np.concatenate(frames, axis=1)[:, :settings.frames]}
 
 
