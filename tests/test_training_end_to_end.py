@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,9 +16,11 @@ from helios_jax.convert.export import export_pipeline
 from helios_jax.data import build_latents
 from helios_jax.data.pipeline import LatentFolder
 from helios_jax.data.records import decode_record
+from helios_jax.errors import UserError
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import WanVAE
 from helios_jax.pipeline.pipeline import HeliosPipeline
+from helios_jax.training import stage1
 from helios_jax.training.checkpoint import read_params
 from helios_jax.training.config import run_config
 from helios_jax.training.loop import train
@@ -136,3 +139,14 @@ def test_stage1_resumes_bitwise_equal(finished, model, latents, tmp_path):
     for average in (False, True):
         jax.tree.map(np.testing.assert_array_equal, read_params(tmp_path / "resumed", prefer_ema=average),
                      read_params(finished, prefer_ema=average))
+
+
+def test_a_run_starts_from_an_exported_transformer_and_from_no_other(finished, model, latents):
+    run = run_of(model, latents)
+    objective = stage1.build(replace(run, objective=replace(run.objective, init_from=str(finished / "export"))))
+    started = objective.load_params(jax.eval_shape(objective.init_params, jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, started, read_params(finished))
+    wider = replace(run.objective.transformer, ffn_dim=24)
+    with pytest.raises(UserError, match="objective.init_from.*other sizes"):
+        stage1.build(replace(run, objective=replace(run.objective, init_from=str(finished / "export"),
+                                                    transformer=wider)))

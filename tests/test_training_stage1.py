@@ -11,6 +11,7 @@ import pytest
 
 from helios_jax.config import TransformerConfig
 from helios_jax.diffusion.history import HistoryLayout
+from helios_jax.diffusion.schedules import time_shift
 from helios_jax.errors import UserError
 from helios_jax.models.inputs import FrameIndices
 from helios_jax.models.partition import unbox
@@ -78,6 +79,21 @@ def test_timesteps_are_the_logit_normal_table():
     assert index.tolist() == [500, 0, 999]  # the far end stays inside the table
     uniform = np.asarray(timestep_index(jax.random.uniform(jax.random.key(0), (DRAWS,)), "uniform"))
     assert abs(uniform.mean() - 499.5) < 10 and uniform.min() < 3 and uniform.max() > 996
+
+
+def test_a_shift_moves_the_noise_levels_as_the_schedulers_time_shift_does():
+    item = {"target": jnp.ones((9, 2, 2, 1)), "anchor": jnp.zeros((1, 2, 2, 1)), "history": jnp.zeros((19, 2, 2, 1)),
+            "text": jnp.zeros((1, 1)), "text_length": jnp.int32(1)}
+    timesteps = {}
+    for shift in (1.0, 3.0):
+        config = Config(data="", timesteps="uniform", timestep_shift=shift)
+        random = Randomness.draw(jax.random.key(3), config, LAYOUT, (2, 2, 1))
+        example = prepare(config, LAYOUT, random, item, {"text": item["text"], "text_length": item["text_length"]})
+        timesteps[shift] = float(example.timestep)
+        sigma = timesteps[shift] / 1000
+        np.testing.assert_allclose(example.noisy, (1 - sigma) + sigma * random.noise, rtol=1e-6)
+    expected = time_shift(np.log(3.0), np.array([timesteps[1.0] / 1000]), "exponential")
+    np.testing.assert_allclose(timesteps[3.0] / 1000, expected[0], rtol=1e-6)
 
 
 def frames_of(kept: list[int], seed: int = 0, size=(4, 6, 2)) -> np.ndarray:
@@ -344,6 +360,7 @@ def test_gradients_are_finite_and_reach_every_parameter(dtype):
 
 
 @pytest.mark.parametrize(("change", "message"), [
+    ({"timestep_shift": 0.0}, "objective.timestep_shift"),
     ({"dtype": "float16"}, "objective.dtype"), ({"timesteps": "cosmap"}, "objective.timesteps"),
     ({"caption_dropout": 1.5}, "objective.caption_dropout"), ({"remat": "everything"}, "objective.remat"),
     ({"data": "/nowhere"}, "holds no dataset.json"),

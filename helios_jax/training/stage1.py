@@ -7,7 +7,7 @@ on every device):
     mode: T2V drops anchor and history; I2V keeps the anchor and the newest frame; V2V keeps the anchor and the newest
           18, 9 or 0 frames; else everything stays
     history frames are corrupted (helios_jax.training.corruption)
-    u = sigmoid(N(0, 1)); sigma = 1 - floor(1000 u) / 1000; eps ~ N(0, I)
+    u = sigmoid(N(0, 1)); sigma = 1 - floor(1000 u) / 1000, shifted; eps ~ N(0, I)
     loss = mean((model((1 - sigma) x + sigma eps, 1000 sigma, history, caption) - (eps - x))^2)
 
 Training from scratch differs from the original, which starts from Wan 2.1, in three ways: all parameters are trained,
@@ -19,6 +19,7 @@ zeros, which is no prompt that sampling could ever encode.)
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.config import TransformerConfig
+from helios_jax.convert.folder import read_component_config
+from helios_jax.convert.load import load_component
 from helios_jax.data.pipeline import LatentFolder, latent_dataset
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.models.partition import unbox
@@ -92,7 +95,10 @@ class Config:
       unroll: layers per iteration of the scan over layers, 0 for all.
       remat: name of a ``jax.checkpoint_policies`` entry, or None.
       task_mix, corruption: see there.
+      init_from: model folder whose transformer gives the start values; empty starts from random ones.
       timesteps: 'logit_normal', or 'uniform' (the original's weighting_scheme 'none').
+      timestep_shift: a in sigma' = a sigma / (1 + (a - 1) sigma). The original's runs have 1. Above 1 there is more
+        training where noise is strong, which is where background, place and motion are decided.
       caption_dropout: probability of the empty prompt.
       threads: of the input pipeline.
       sample: videos during training.
@@ -104,12 +110,14 @@ class Config:
     data: str
     model: str = ""
     transformer: TransformerConfig = TransformerConfig()
+    init_from: str = ""
     dtype: str = "float32"
     unroll: int = 1
     remat: str | None = None
     task_mix: TaskMix = TaskMix()
     corruption: CorruptionConfig = CorruptionConfig()
     timesteps: str = "logit_normal"
+    timestep_shift: float = 1.0
     caption_dropout: float = 0.1
     threads: int = 1
     sample: SampleConfig = SampleConfig()
@@ -121,6 +129,7 @@ class Config:
                 f"objective.export_dtype: 'float32', 'float16' or 'bfloat16', got {self.export_dtype!r}")
         require(self.timesteps in ("logit_normal", "uniform"),
                 f"objective.timesteps: 'logit_normal' or 'uniform', got {self.timesteps!r}")
+        require(0 < self.timestep_shift, f"objective.timestep_shift: must be positive, got {self.timestep_shift}")
         require(0 <= self.caption_dropout <= 1, f"objective.caption_dropout: in [0, 1], got {self.caption_dropout}")
         require(self.unroll >= 0, f"objective.unroll: 0 or more, got {self.unroll}")
         require(self.threads > 0, f"objective.threads: must be positive, got {self.threads}")
@@ -156,7 +165,7 @@ class Randomness(NamedTuple):
 class Example(NamedTuple):
     """What the model sees of one sample, and what it shall say.
 
-    noisy, velocity: [9, h, w, C]; timestep: [] in 1 ... 1000; frames: [1 + 19, h, w, C], anchor and history;
+    noisy, velocity: [9, h, w, C]; timestep: [] in (0, 1000]; frames: [1 + 19, h, w, C], anchor and history;
     text: [n, D]; text_length: [].
     """
 
@@ -193,6 +202,11 @@ def timestep_index(number: jax.Array, sampling: str) -> jax.Array:
     return jnp.clip((TRAIN_TIMESTEPS * u).astype(jnp.int32), 0, TRAIN_TIMESTEPS - 1)
 
 
+def shifted(sigma: jax.Array, shift: float) -> jax.Array:
+    """The time shift of the schedulers, a sigma / (1 + (a - 1) sigma): 0 and 1 stay, what lies between rises with a."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
 def prepare(config: Config, layout: HistoryLayout, random: Randomness, item: dict[str, jax.Array],
             empty: dict[str, jax.Array]) -> Example:
     """One sample's training example; a deterministic function of its random numbers.
@@ -212,8 +226,8 @@ def prepare(config: Config, layout: HistoryLayout, random: Randomness, item: dic
     frames = corrupt(jnp.where(keep, frames, 0.0), random.corruption, config.corruption, layout)
 
     index = timestep_index(random.timestep, config.timesteps).astype(jnp.float32)
-    timestep = TRAIN_TIMESTEPS - index
-    sigma = timestep / TRAIN_TIMESTEPS
+    sigma = shifted((TRAIN_TIMESTEPS - index) / TRAIN_TIMESTEPS, config.timestep_shift)
+    timestep = TRAIN_TIMESTEPS * sigma
     target = item["target"].astype(jnp.float32)
     noisy = (1 - sigma) * target + sigma * random.noise
     return Example(noisy, random.noise - target, timestep, frames, text, length)
@@ -271,6 +285,17 @@ def build(run: RunConfig) -> Objective:
     model = HeliosTransformer(config.transformer, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
                               remat=config.remat)
     rows, length = folder.empty_prompt()
+    if config.init_from:
+        start = read_component_config(Path(config.init_from) / "transformer", "transformer")
+        require(start == config.transformer,
+                f"objective.init_from: {config.init_from} holds a transformer of other sizes or options than "
+                "objective.transformer")
+
+    def load_params(abstract_params):
+        del abstract_params
+        return load_component(Path(config.init_from) / "transformer", "transformer", config.transformer,
+                              dtype=jnp.float32)
+
     sample = evaluate = export = None
     if config.model:
         from helios_jax.training import validation
@@ -286,6 +311,7 @@ def build(run: RunConfig) -> Objective:
             evaluate = lambda params, step: validator.reader_scores(params, wanted.reader_prompts, judged)  # noqa: E731
     return Objective(
         init_params=lambda key: unbox(model.init(key)),
+        load_params=load_params if config.init_from else None,
         loss=make_loss(config, layout, model),
         dataset=latent_dataset(config.data, run.batch_size, run.seed, layout, config.threads),
         frozen={"empty": {"text": rows, "text_length": np.int32(length)}},
