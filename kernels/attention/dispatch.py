@@ -1,8 +1,8 @@
 """The variants of the core attention and the choice between them.
 
-Every variant is a module of this package with one function of the contract of
-:func:`kernels.attention.reference.attention`. It raises ``NotImplementedError`` with its reason when it cannot serve a
-call; the dispatch then tries the next of its device's order. A variant asked for by name fails loudly instead.
+Every variant is a function of the contract of :func:`kernels.attention.reference.attention`. It raises
+``NotImplementedError`` with its reason when it cannot serve a call; the dispatch then tries the next of its device's
+order. A variant asked for by name fails loudly instead.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from kernels.attention.device import Device, current_device
 Array = jax.Array
 Core = Callable[..., Array | tuple[Array, Array]]
 
-# name -> module, imported when first tried: a kernel's compiler front end is not loaded on other devices.
+# name -> "module:function", imported when first tried: a kernel's front end is not loaded on other devices.
 VARIANTS: dict[str, str] = {
-    "per_head": "kernels.attention.per_head",
-    "cudnn": "kernels.attention.cudnn",
-    "xla": "kernels.attention.reference",
+    "per_head": "kernels.attention.per_head:attention",
+    "cudnn": "kernels.attention.cudnn:attention",
+    "mosaic_tpu": "kernels.attention.tpu:attention",
+    "mosaic_tpu_interpret": "kernels.attention.tpu:interpreted",
+    "xla": "kernels.attention.reference:attention",
 }
 
 
@@ -69,7 +71,8 @@ def variant(name: str) -> Core:
     """The core function of a variant."""
     if name not in VARIANTS:
         raise UserError(f"attention implementation: one of {', '.join(VARIANTS)}, got {name!r}")
-    return importlib.import_module(VARIANTS[name]).attention
+    module, function = VARIANTS[name].split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def attend(
