@@ -41,6 +41,7 @@ class Settings(NamedTuple):
     backward_tile: tuple[int, int]
     max_keys: int
     max_queries: int
+    bounded: bool
     interpret: object = False
 
 
@@ -51,7 +52,7 @@ def settings_for(chip: Chip, keys: int, itemsize: int, with_bias: bool, interpre
     vmem = chip.vmem * 4 // 5 - (4 << 20)
     return Settings(tiles.forward, tiles.backward,
                     longest(forward_bytes, vmem, tiles.forward, itemsize, with_bias),
-                    longest(backward_bytes, vmem, tiles.backward, itemsize, with_bias), interpret)
+                    longest(backward_bytes, vmem, tiles.backward, itemsize, with_bias), chip.bounded, interpret)
 
 
 def attention(
@@ -92,7 +93,8 @@ def _attention(settings: Settings, q: Array, k: Array, v: Array, bias: Array | N
     """q: [B, S, N, D]; k, v: [B, K, N, D]; bias: [B, K]. Returns [B, S, N, D] and the log-sum-exp [B, N, S]."""
     batch, _, heads, size = q.shape
     q, k, v = _flat(q), _flat(k), _flat(v)
-    run = functools.partial(forward, size=size, tile=settings.forward_tile, interpret=settings.interpret)
+    run = functools.partial(forward, size=size, tile=settings.forward_tile, bounded=settings.bounded,
+                            interpret=settings.interpret)
     column = _bias_column(bias, q.shape[0] // batch)
     parts = [run(q, k[:, part], v[:, part], None if column is None else column[:, part],
                  out_dtype=q.dtype if k.shape[1] <= settings.max_keys else jnp.float32)

@@ -25,9 +25,14 @@ class Tiles(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """vmem: bytes of on-chip memory that one kernel may ask for; tiles: (largest number of keys, tiles), ascending."""
+    """What a chip gets.
+
+    vmem: bytes of on-chip memory that one kernel may ask for; bounded: softmax by a bound where it holds, which saves
+    vector work; tiles: (largest number of keys, tiles), ascending.
+    """
 
     vmem: int
+    bounded: bool
     tiles: tuple[tuple[int, Tiles], ...]
 
     def tiles_for(self, keys: int) -> Tiles:
@@ -39,12 +44,12 @@ _SHORT = (1024, Tiles((1024, 512), (512, 1024)))  # the prompt of cross-attentio
 
 # A core of v5e and v6e has 128 MiB of VMEM, one of v5p 64 MiB; some is left to the compiler.
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip(100 * MEBIBYTE, (_SHORT, (_ANY, Tiles((2048, 1024), (1024, 1024))))),
-    "v5p": Chip(56 * MEBIBYTE, (_SHORT, (_ANY, Tiles((1536, 768), (768, 768))))),
-    "v6e": Chip(100 * MEBIBYTE, (_SHORT, (_ANY, Tiles((2048, 1024), (1024, 1024))))),
+    "v5e": Chip(100 * MEBIBYTE, False, (_SHORT, (_ANY, Tiles((2048, 1024), (1024, 1024))))),
+    "v5p": Chip(56 * MEBIBYTE, False, (_SHORT, (_ANY, Tiles((1536, 768), (768, 768))))),
+    "v6e": Chip(100 * MEBIBYTE, True, (_SHORT, (_ANY, Tiles((2048, 1024), (1024, 1024))))),
 }
 # Small tiles, so that tests on small shapes run through every branch.
-INTERPRETED = Chip(100 * MEBIBYTE, ((_ANY, Tiles((128, 32), (32, 128))),))
+INTERPRETED = Chip(100 * MEBIBYTE, True, ((_ANY, Tiles((128, 32), (32, 128))),))
 
 _KINDS = {
     "TPU v5 lite": "v5e", "TPU v5e": "v5e",
