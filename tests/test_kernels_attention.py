@@ -19,6 +19,7 @@ from kernels.attention import (
     pack,
     per_head,
     prepare_history,
+    prologue,
     tpu,
     tpu_forward,
     tpu_tiles,
@@ -142,6 +143,16 @@ def test_tpu_kernels_refuse_what_they_cannot_serve(size, dtype, reason):
         tpu.interpreted(x, x, x)
     with pytest.raises(NotImplementedError, match="for TPUs, the device is cpu"):
         tpu.attention(x, x, x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotation_by_a_product_equals_rotation_of_pairs(dtype):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((2, 9, 3, 32)), dtype)
+    cos, sin = (jnp.asarray(rng.standard_normal((9, 16)), jnp.float32) for _ in range(2))
+    got, want = (np.float32(f(x, cos, sin)) for f in (prologue.rotate_by_product, prologue.rotate_pairs))
+    # Fused multiply-adds may round one product less; one unit in the last place of the largest entry.
+    np.testing.assert_allclose(got, want, atol=float(jnp.finfo(dtype).eps) * np.abs(want).max())
 
 
 # -- the public function, against one dense masked computation in float64 ---------------------------------------------

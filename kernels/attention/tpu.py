@@ -1,7 +1,8 @@
 """The "mosaic_tpu" variant: Pallas kernels forward and backward, and the same kernels interpreted anywhere.
 
-Head size 128 reads heads straight out of [B, S, N*D], the layout of the projections: no transpose on the way in or
-out. Smaller heads are brought to [B*N, S, D] first, because a block's last axis must fill the 128 lanes or the array.
+Queries and keys go in as [B*N, S, D], in which their rotation leaves them. With head size 128, values and the output
+stay in [B, S, N*D], the layout of the projections on both sides, and heads are cut straight out of it; smaller heads
+cannot be, because a block's last axis must fill the 128 lanes or the array.
 
 Sequences that do not fit in VMEM are cut: keys in the forward pass (the parts are joined by their log-sum-exps),
 queries in the backward pass (the parts of dk and dv are added).
@@ -92,10 +93,10 @@ def _checked(q, k, v, bias, return_lse, chip, interpret):
 def _attention(settings: Settings, q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
     """q: [B, S, N, D]; k, v: [B, K, N, D]; bias: [B, K]. Returns [B, S, N, D] and the log-sum-exp [B, N, S]."""
     batch, _, heads, size = q.shape
-    q, k, v = _flat(q), _flat(k), _flat(v)
+    q, k, v = _heads_first(q), _heads_first(k), _flat(v)
     run = functools.partial(forward, size=size, tile=settings.forward_tile, bounded=settings.bounded,
                             interpret=settings.interpret)
-    column = _bias_column(bias, q.shape[0] // batch)
+    column = None if bias is None else bias[..., None]  # [B, K, 1]: along the sublanes, as the keys are
     parts = [run(q, k[:, part], v[:, part], None if column is None else column[:, part],
                  out_dtype=q.dtype if k.shape[1] <= settings.max_keys else jnp.float32)
              for part in _parts(k.shape[1], settings.max_keys, KEY_MULTIPLE)]
@@ -123,8 +124,8 @@ def _attention_backward(settings, residuals, gradients):
     # The gradient of the log-sum-exp with respect to the logits is the weights, so it only shifts delta.
     delta = (delta.swapaxes(1, 2) - d_lse).reshape(batch * heads, queries)
     lse = lse.reshape(batch * heads, queries)
-    flat_q, flat_g, flat_k, flat_v = _flat(q), _flat(g.astype(q.dtype)), _flat(k), _flat(v)
-    column = _bias_column(bias, flat_q.shape[0] // batch)
+    flat_q, flat_k, flat_v, flat_g = _heads_first(q), _heads_first(k), _flat(v), _flat(g.astype(q.dtype))
+    column = None if bias is None else bias[..., None]
     cuts = _parts(queries, settings.max_queries, LANES)
     parts = [backward(flat_q[:, part], flat_k, flat_v, column, flat_g[:, part], lse[:, part], delta[:, part],
                       size=size, tile=settings.backward_tile, interpret=settings.interpret,
@@ -145,21 +146,19 @@ def _parts(length: int, largest: int, multiple: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _flat(x: Array) -> Array:
-    """[B, S, N, D] -> [B, S, N*D] where heads fill whole lanes, else [B*N, S, D]."""
+def _heads_first(x: Array) -> Array:
+    """[B, S, N, D] -> [B*N, S, D]."""
     batch, rows, heads, size = x.shape
-    if size % LANES == 0:
-        return x.reshape(batch, rows, heads * size)
     return x.swapaxes(1, 2).reshape(batch * heads, rows, size)
 
 
+def _flat(x: Array) -> Array:
+    """[B, S, N, D] -> [B, S, N*D] where heads fill whole lanes, else [B*N, S, D]."""
+    return x.reshape(*x.shape[:2], -1) if x.shape[-1] % LANES == 0 else _heads_first(x)
+
+
 def _heads(x: Array, batch: int, heads: int) -> Array:
-    """Inverse of :func:`_flat`."""
-    if x.shape[0] == batch and x.shape[-1] % LANES == 0:
-        return x.reshape(batch, x.shape[1], heads, -1)
-    return x.reshape(batch, heads, *x.shape[1:]).swapaxes(1, 2)
-
-
-def _bias_column(bias: Array | None, repeats: int) -> Array | None:
-    """[B, K] -> [B * repeats, K, 1]: along the sublanes, as the keys are; repeated where heads are in the batch."""
-    return None if bias is None else jnp.repeat(bias, repeats, axis=0)[..., None]
+    """Inverse of both: [B*N, S, D] or [B, S, N*D] -> [B, S, N, D]."""
+    if x.shape[0] == batch * heads:
+        return x.reshape(batch, heads, *x.shape[1:]).swapaxes(1, 2)
+    return x.reshape(batch, x.shape[1], heads, -1)

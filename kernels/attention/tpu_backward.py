@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.tpu_forward import LOG2_E, dot, scores
+from kernels.attention.tpu_forward import LOG2_E, dot, head_rows, scores
 from kernels.attention.tpu_tiles import KEY_MULTIPLE, LANES, backward_bytes, split
 
 
@@ -91,34 +91,41 @@ def backward(
     """Gradients of every head.
 
     Args:
-      q, g: [B, S, N*D] queries and gradients of the output; k, v: [B, K, N*D]; bias: [B, K, 1] float32 or None.
+      q, k, v, g: queries, keys, values and gradients of the output, each [B*N, rows, D], or [B, rows, N*D] where D is a
+        multiple of 128. bias: [B, K, 1] float32 or None.
       lse: [B*N, S] float32; delta: [B*N, S] float32, the row sums of output times gradient, less the gradient of lse.
       size: D. tile: (keys of one program, queries of one inner step), upper bounds.
       out_dtype: of dk and dv, which are partial sums where the queries were cut into parts; dq has q's dtype.
-    Returns: dq [B, S, N*D]; dk, dv [B, K, N*D].
+    Returns: dq, dk, dv in the layouts of q, k, v.
     """
-    batch, queries, width = q.shape
-    keys, heads = k.shape[1], width // size
+    queries, keys = q.shape[1], k.shape[1]
+    programs = q.shape[0] * q.shape[2] // size  # heads of all samples
     block, step = split(keys, tile[0], KEY_MULTIPLE), split(queries, tile[1], LANES)
     steps = pl.cdiv(queries, step)
     stats = jnp.stack([lse * LOG2_E, delta], axis=1)  # [B*N, 2, S]
     stats = jnp.pad(stats, ((0, 0), (0, 0), (0, steps * step - queries)))
-    stats = stats.reshape(batch * heads, 2, steps, step).swapaxes(1, 2)  # [B*N, steps, 2, step]
+    stats = stats.reshape(programs, 2, steps, step).swapaxes(1, 2)  # [B*N, steps, 2, step]
 
-    whole = pl.BlockSpec((None, queries, size), lambda program, j: (program // heads, 0, program % heads))
-    part = pl.BlockSpec((None, block, size), lambda program, j: (program // heads, j, program % heads))
-    in_specs = [whole, whole, pl.BlockSpec((None, steps, 2, step), lambda program, j: (program, 0, 0, 0)), part, part]
+    def whole(x):
+        return head_rows(x, size, queries, lambda j: 0)
+
+    def part(x):
+        return head_rows(x, size, block, lambda j: j)
+
+    in_specs = [whole(q), whole(g), pl.BlockSpec((None, steps, 2, step), lambda program, j: (program, 0, 0, 0)),
+                part(k), part(v)]
     operands = [q, g, stats, k, v]
     if bias is not None:
+        heads = programs // bias.shape[0]
         in_specs.append(pl.BlockSpec((None, block, 1), lambda program, j: (program // heads, j, 0)))
         operands.append(bias)
     vmem = backward_bytes(queries, (block, step), q.dtype.itemsize, bias is not None)
-    pairs = batch * heads * queries * keys
+    pairs = programs * queries * keys
     return pl.pallas_call(
         functools.partial(_kernel, keys=keys, step=step, scale=size**-0.5, with_bias=bias is not None),
-        grid=(batch * heads, pl.cdiv(keys, block)),
+        grid=(programs, pl.cdiv(keys, block)),
         in_specs=in_specs,
-        out_specs=[whole, part, part],
+        out_specs=[whole(q), part(k), part(v)],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(k.shape, out_dtype),
                    jax.ShapeDtypeStruct(v.shape, out_dtype)],
         scratch_shapes=[pltpu.VMEM((steps, size, step), jnp.float32), pltpu.VMEM((block, size), jnp.float32),

@@ -62,6 +62,12 @@ def scores(k: jax.Array, q: jax.Array, bias: jax.Array | None) -> jax.Array:
     return logits if bias is None else logits + bias * LOG2_E
 
 
+def head_rows(x: jax.Array, size: int, rows: int, index) -> pl.BlockSpec:
+    """Block ``index(i)`` of one head of x, [B, S, N*D] or [B*N, S, D]; the grid is (heads of all samples, i)."""
+    heads = x.shape[-1] // size
+    return pl.BlockSpec((None, rows, size), lambda program, i: (program // heads, index(i), program % heads))
+
+
 def columns_of_last(length: int, block: int) -> tuple[int, int]:
     """(queries of the last block, the same rounded up to whole registers, which is what is computed)."""
     rest = length - (pl.cdiv(length, block) - 1) * block
@@ -69,7 +75,7 @@ def columns_of_last(length: int, block: int) -> tuple[int, int]:
 
 
 def keys_summary(k: jax.Array, size: int) -> jax.Array:
-    """k [B, K, N*D] -> [B*N, D, 2] float32: the mean key, and in every entry of the other column max|k|."""
+    """k [B, K, N*D] or [B*N, K, D] -> [B*N, D, 2] float32: the mean key, and max|k| in all of the second column."""
     batch, keys, width = k.shape
     k = k.astype(jnp.float32).reshape(batch, keys, width // size, size)
     longest = jnp.sqrt(jnp.square(k).sum(-1).max(1))  # [B, N]
@@ -170,45 +176,46 @@ def forward(
     """Attention of every head.
 
     Args:
-      q: [B, S, N*D]; k, v: [B, K, N*D]; bias: [B, K, 1] float32 or None. N is 1 unless D is a multiple of 128.
+      q, k, v: [B*N, rows, D], or [B, rows, N*D] where D is a multiple of 128; v decides the layout of the result.
+      bias: [B, K, 1] float32 or None.
       size: D. tile: (queries of one program, keys of one inner step), upper bounds.
       bounded: use the bound of the module's docstring where it holds; without effect where there is a bias.
       interpret: as for ``pl.pallas_call``.
-    Returns: [B, S, N*D] in ``out_dtype`` and the log-sum-exp [B*N, 1, S] float32.
+    Returns: [B*N, S, D] or [B, S, N*D] in ``out_dtype`` and the log-sum-exp [B*N, 1, S] float32.
     """
-    batch, queries, width = q.shape
-    keys, heads = k.shape[1], width // size
+    queries, keys = q.shape[1], k.shape[1]
+    programs = q.shape[0] * q.shape[2] // size  # heads of all samples
     block, step = split(queries, tile[0], LANES), split(keys, tile[1], KEY_MULTIPLE)
+    out = jax.ShapeDtypeStruct((v.shape[0], queries, v.shape[2]), out_dtype)
 
-    def rows_of(index):  # [B, rows, N*D] -> the rows of block `index(i)` of one head
-        return lambda program, i: (program // heads, index(i), program % heads)
+    def resident(_):
+        return 0
 
-    in_specs = [pl.BlockSpec((None, block, size), rows_of(lambda i: i)),
-                pl.BlockSpec((None, keys, size), rows_of(lambda i: 0)),
-                pl.BlockSpec((None, keys, size), rows_of(lambda i: 0))]
+    in_specs = [head_rows(q, size, block, lambda i: i), head_rows(k, size, keys, resident),
+                head_rows(v, size, keys, resident)]
     operands = [q, k, v]
     if bias is not None:
+        heads = programs // bias.shape[0]
         in_specs.append(pl.BlockSpec((None, keys, 1), lambda program, i: (program // heads, 0, 0)))
         operands.append(bias)
     elif bounded:
         in_specs.append(pl.BlockSpec((None, size, 2), lambda program, i: (program, 0, 0)))
         operands.append(keys_summary(k, size))
     vmem = forward_bytes(keys, (block, step), q.dtype.itemsize, bias is not None)
-    score_flops = 4 * batch * heads * queries * keys * size
+    pairs = programs * queries * keys
     return pl.pallas_call(
         functools.partial(_kernel, queries=queries, step=step, with_bias=bias is not None,
                           bounded=bounded and bias is None),
-        grid=(batch * heads, pl.cdiv(queries, block)),
+        grid=(programs, pl.cdiv(queries, block)),
         in_specs=in_specs,
-        out_specs=[pl.BlockSpec((None, block, size), rows_of(lambda i: i)),
+        out_specs=[head_rows(out, size, block, lambda i: i),
                    pl.BlockSpec((None, 1, block), lambda program, i: (program, 0, i))],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, out_dtype),
-                   jax.ShapeDtypeStruct((batch * heads, 1, queries), jnp.float32)],
+        out_shape=[out, jax.ShapeDtypeStruct((programs, 1, queries), jnp.float32)],
         scratch_shapes=[pltpu.VMEM((1, block), jnp.float32), pltpu.VMEM((1, block), jnp.float32),
                         pltpu.VMEM((size, block), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"),
                                              vmem_limit_bytes=vmem + vmem // 4 + (4 << 20)),
-        cost_estimate=pl.CostEstimate(flops=score_flops, transcendentals=batch * heads * queries * keys,
+        cost_estimate=pl.CostEstimate(flops=4 * pairs * size, transcendentals=pairs,
                                       bytes_accessed=2 * (q.nbytes + k.nbytes)),
         interpret=interpret,
         name="attention_forward",
