@@ -22,8 +22,8 @@ from kernels.attention.tpu_forward import forward
 from kernels.attention.tpu_tiles import (
     CHIPS,
     INTERPRETED,
-    KEY_MULTIPLE,
     LANES,
+    REGISTER_ROWS,
     Chip,
     backward_bytes,
     chip_of,
@@ -99,7 +99,7 @@ def _attention(settings: Settings, q: Array, k: Array, v: Array, bias: Array | N
     column = None if bias is None else bias[..., None]  # [B, K, 1]: along the sublanes, as the keys are
     parts = [run(q, k[:, part], v[:, part], None if column is None else column[:, part],
                  out_dtype=q.dtype if k.shape[1] <= settings.max_keys else jnp.float32)
-             for part in _parts(k.shape[1], settings.max_keys, KEY_MULTIPLE)]
+             for part in _parts(k.shape[1], settings.max_keys, REGISTER_ROWS)]
     out, lse = parts[0]
     if len(parts) > 1:
         lse = jax.nn.logsumexp(jnp.stack([part_lse for _, part_lse in parts]), axis=0)

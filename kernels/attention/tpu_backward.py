@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.tpu_forward import LOG2_E, dot, head_rows, scores
-from kernels.attention.tpu_tiles import KEY_MULTIPLE, LANES, backward_bytes, split
+from kernels.attention.tpu_tiles import LANES, backward_bytes, split
 
 
 def _kernel(*refs, keys: int, step: int, scale: float, with_bias: bool):
@@ -100,7 +100,7 @@ def backward(
     """
     queries, keys = q.shape[1], k.shape[1]
     programs = q.shape[0] * q.shape[2] // size  # heads of all samples
-    block, step = split(keys, tile[0], KEY_MULTIPLE), split(queries, tile[1], LANES)
+    block, step = split(keys, tile[0], LANES), split(queries, tile[1], LANES)
     steps = pl.cdiv(queries, step)
     stats = jnp.stack([lse * LOG2_E, delta], axis=1)  # [B*N, 2, S]
     stats = jnp.pad(stats, ((0, 0), (0, 0), (0, steps * step - queries)))

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.tpu_tiles import KEY_MULTIPLE, LANES, forward_bytes, split
+from kernels.attention.tpu_tiles import LANES, forward_bytes, split
 
 LOG2_E = math.log2(math.e)
 # Below every logit and finite, so that exp2(lowest - lowest) is 1 and never NaN.
@@ -185,7 +185,7 @@ def forward(
     """
     queries, keys = q.shape[1], k.shape[1]
     programs = q.shape[0] * q.shape[2] // size  # heads of all samples
-    block, step = split(queries, tile[0], LANES), split(keys, tile[1], KEY_MULTIPLE)
+    block, step = split(queries, tile[0], LANES), split(keys, tile[1], LANES)
     out = jax.ShapeDtypeStruct((v.shape[0], queries, v.shape[2]), out_dtype)
 
     def resident(_):

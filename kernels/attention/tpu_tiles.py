@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 LANES = 128
-KEY_MULTIPLE = 16  # rows of one bfloat16 register
+REGISTER_ROWS = 16  # of bfloat16
 MEBIBYTE = 1 << 20
 
 
@@ -17,7 +17,7 @@ class Tiles(NamedTuple):
     """Upper bounds of the score tiles [keys, queries]; ``split`` evens them out for a length.
 
     forward: (queries of one program, keys of one inner step); backward: (keys of one program, queries of one inner
-    step). Queries lie along the 128 lanes, keys along the sublanes.
+    step). Both are multiples of 128: queries lie along the lanes, and matrix units contract over 128 keys at a time.
     """
 
     forward: tuple[int, int]
