@@ -30,7 +30,7 @@ def attention(
     *,
     return_lse: bool = False,
     tiles: Tiles | None = None,
-    interpret: bool = False,
+    interpret: bool | object = False,
 ) -> Array | tuple[Array, Array]:
     """softmax(q kᵀ / sqrt(D) + bias) v with float32 softmax; differentiable in q, k and v.
 
@@ -39,7 +39,7 @@ def attention(
       bias: [B, K] float32 added to the logits, a constant (its gradient is zero), or None.
       return_lse: also return the log-sum-exp of each query's logits; it is differentiable too.
       tiles: sizes to use in place of the table's.
-      interpret: run in Pallas's GPU interpreter on a CPU (tests).
+      interpret: True, or an ``InterpretGPUParams``, runs in Pallas's GPU interpreter on a CPU (tests).
     Returns: [B, S, N, D] in q's dtype; with ``return_lse`` also [B, N, S] float32.
     Raises:
       NotImplementedError: the device is no Hopper GPU, or the shape or dtype is none the kernels serve.
@@ -78,7 +78,7 @@ def _prepare_bias(bias: Array, tiles: Tiles) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q, k, v, bias2, tiles: Tiles, return_lse: bool, interpret: bool) -> tuple[Array, Array | None]:
+def _attention(q, k, v, bias2, tiles: Tiles, return_lse: bool, interpret) -> tuple[Array, Array | None]:
     # Imported here: Mosaic GPU needs packages that a machine without a GPU may lack.
     from kernels.attention.gpu_forward import forward
 
@@ -90,7 +90,7 @@ def _natural(lse2: Array, queries: int) -> Array:
     return lse2[:, :, :queries] * math.log(2.0)
 
 
-def _attention_fwd(q, k, v, bias2, tiles: Tiles, return_lse: bool, interpret: bool):
+def _attention_fwd(q, k, v, bias2, tiles: Tiles, return_lse: bool, interpret):
     from kernels.attention.gpu_forward import forward
 
     out, lse2 = forward(q, k, v, bias2, tiles.forward, with_lse=True, interpret=interpret)

@@ -24,7 +24,7 @@ Array = jax.Array
 
 def query_gradient(
     q: Array, k: Array, v: Array, bias2: Array | None, dout: Array, lse2: Array, delta: Array, tiles: LoopTiles,
-    *, interpret: bool,
+    *, interpret,
 ) -> Array:
     """dq [B, S, N, D] in q's dtype; keys and values stream past 64 queries per warpgroup.
 
@@ -119,7 +119,7 @@ def query_gradient(
 
 def key_value_gradient(
     q: Array, k: Array, v: Array, bias2: Array | None, dout: Array, lse2: Array, delta: Array, tiles: LoopTiles,
-    *, interpret: bool,
+    *, interpret,
 ) -> tuple[Array, Array]:
     """dk and dv [B, K, N, D] in k's dtype; queries stream past 64 keys per warpgroup, logits transposed.
 

@@ -60,7 +60,7 @@ def transposed(ref):
 
 
 def load_vector(ref, layout) -> jax.Array:
-    """Reads a [rows] float32 vector from shared memory into the registers that hold an accumulator's rows or columns."""
+    """Reads a float32 vector from shared memory, spread over threads as the rows or columns of an accumulator are."""
     return plgpu.load(ref, (), layout=layout) if _LOAD_TAKES_INDEX else plgpu.load(ref, layout=layout)
 
 
@@ -230,11 +230,11 @@ def run_roles(compute: Callable[[], None], copy: Callable[[], None]) -> None:
         copy()
 
 
-def launch(body: Callable, out_type, scratch, grid: tuple[int, int, int], row_axis: str, *, interpret: bool, name: str):
+def launch(body: Callable, out_type, scratch, grid: tuple[int, int, int], row_axis: str, *, interpret, name: str):
     """The callable kernel over (batch, heads, tiles of rows).
 
     Tiles of one head run next to each other, so that the head's streamed operand is read from memory once and from
-    the L2 cache after that.
+    the L2 cache after that. ``interpret``: False, True or the interpreter's parameters.
     """
     body.__name__ = name
     kernel = plgpu.kernel(
@@ -246,7 +246,7 @@ def launch(body: Callable, out_type, scratch, grid: tuple[int, int, int], row_ax
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name=WARPGROUP,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
     )
 
     def call(*operands):

@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 def forward(
-    q: Array, k: Array, v: Array, bias2: Array | None, tiles: LoopTiles, *, with_lse: bool, interpret: bool
+    q: Array, k: Array, v: Array, bias2: Array | None, tiles: LoopTiles, *, with_lse: bool, interpret
 ) -> tuple[Array, Array | None]:
     """softmax(q kᵀ / sqrt(D) + bias) v.
 
@@ -100,11 +100,11 @@ def forward(
 
         def copy():
             def fill(tile, slot, wait):
-                rows = pl.ds(tile * ring.rows, ring.rows)
+                rows, k_ready = pl.ds(tile * ring.rows, ring.rows), barriers["k_ready"].at[slot]
                 wait(barriers["k_free"])
-                plgpu.copy_gmem_to_smem(k_ref.at[b, rows, head], k_smem.at[slot], barriers["k_ready"].at[slot])
+                plgpu.copy_gmem_to_smem(k_ref.at[b, rows, head], k_smem.at[slot], k_ready)
                 if bias2 is not None:
-                    plgpu.copy_gmem_to_smem(bias_ref.at[b, rows], buffers["bias"].at[slot], barriers["k_ready"].at[slot])
+                    plgpu.copy_gmem_to_smem(bias_ref.at[b, rows], buffers["bias"].at[slot], k_ready)
                 wait(barriers["v_free"])
                 plgpu.copy_gmem_to_smem(v_ref.at[b, rows, head], v_smem.at[slot], barriers["v_ready"].at[slot])
 

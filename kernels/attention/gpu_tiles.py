@@ -1,7 +1,8 @@
 """Tile sizes of the Hopper kernels, per device: the one place to change after a measurement.
 
-None of these rows was measured on a card. They are the sizes with which every kernel compiles for an H100 without
-spilling registers (``tools/gpu_compile_check.py`` prints both); ``docs/kernels_gpu.md`` explains what limits each.
+None of these rows was measured on a card. They are the largest sizes with which the kernels compile for an H100
+without running out of registers (``benchmarks/compile_gpu.py`` prints what they use); ``docs/kernels_gpu.md`` explains
+what limits each.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class Tiles:
 
 # (part of the device's name, head size) -> tiles. The first match counts; all rows: not measured.
 TABLE: tuple[tuple[str, int, Tiles], ...] = (
-    ("H200", 128, Tiles(forward=LoopTiles(128, 2), dq=LoopTiles(64, 2), dkv=LoopTiles(64, 2))),
+    ("H200", 128, Tiles(forward=LoopTiles(128, 2), dq=LoopTiles(128, 2), dkv=LoopTiles(64, 2))),
     ("H200", 64, Tiles(forward=LoopTiles(128, 3), dq=LoopTiles(128, 2), dkv=LoopTiles(64, 3))),
-    ("", 128, Tiles(forward=LoopTiles(128, 2), dq=LoopTiles(64, 2), dkv=LoopTiles(64, 2))),
+    ("", 128, Tiles(forward=LoopTiles(128, 2), dq=LoopTiles(128, 2), dkv=LoopTiles(64, 2))),
     ("", 64, Tiles(forward=LoopTiles(128, 3), dq=LoopTiles(128, 2), dkv=LoopTiles(64, 3))),
 )
 
@@ -58,11 +59,12 @@ def tiles_for(device_kind: str, head_size: int) -> Tiles:
     raise NotImplementedError(f"head size {head_size}: the kernel has tiles for 64 and 128")
 
 
-def shared_memory(tiles: LoopTiles, head_size: int, *, resident: int, bytes_per_number: int = 2) -> int:
-    """Bytes of shared memory of one block: ``resident`` operands of 64 rows per warpgroup, two streamed in a ring.
+def shared_memory(tiles: LoopTiles, head_size: int, resident: int) -> int:
+    """Bytes of shared memory that one block's matrix operands take; row statistics and barriers are about 2 kB more.
 
-    Row statistics (a few hundred bytes) and barriers come on top.
+    Args:
+      resident: operands of 64 rows that each computing warpgroup keeps: 1 in ``forward``, 2 in ``dq`` and ``dkv``.
     """
     kept = resident * COMPUTE_WARPGROUPS * ROWS_PER_WARPGROUP * head_size
     streamed = 2 * tiles.stages * tiles.rows * head_size
-    return (kept + streamed) * bytes_per_number
+    return (kept + streamed) * 2
