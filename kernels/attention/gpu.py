@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kernels.attention.device import current_device
 from kernels.attention.gpu_tiles import COMPUTE_WARPGROUPS, ROWS_PER_WARPGROUP, Tiles, tiles_for
 
 Array = jax.Array
@@ -44,7 +45,7 @@ def attention(
     Raises:
       NotImplementedError: the device is no Hopper GPU, or the shape or dtype is none the kernels serve.
     """
-    device = INTERPRETED if interpret else _device_kind()
+    device = INTERPRETED if interpret else current_device().kind
     if not any(name in device for name in HOPPER):
         raise NotImplementedError(f"needs a Hopper GPU (compute capability 9.0), the device is {device}")
     size = q.shape[-1]
@@ -64,10 +65,11 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _device_kind() -> str:
-    """Name of the device this call will be compiled for: the mesh's if it names one, else the default device's."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
+def interpreted(
+    q: Array, k: Array, v: Array, bias: Array | None = None, *, return_lse: bool = False
+) -> Array | tuple[Array, Array]:
+    """:func:`attention` in Pallas's GPU interpreter, on a CPU: slow, exact about barriers and bounds, for tests."""
+    return attention(q, k, v, bias, return_lse=return_lse, interpret=True)
 
 
 def _prepare_bias(bias: Array, tiles: Tiles) -> Array:

@@ -45,7 +45,7 @@ _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # jax 0.1
 
 def interpret_support() -> str | None:
     """None where the installed jax can interpret these kernels on a CPU, else the reason why it cannot."""
-    if not hasattr(plgpu, "InterpretGPUParams"):
+    if jax.__version_info__ < (0, 12):
         return f"jax {jax.__version__} has no GPU interpret mode for warp-specialised kernels; 0.12 has"
     return None
 
