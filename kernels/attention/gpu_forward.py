@@ -57,16 +57,17 @@ def forward(
                 slot, columns = ring.slot(tile), pl.ds(0, width)
                 plgpu.barrier_wait(barriers["k_ready"].at[slot])
                 keys = common.transposed(k_smem.at[slot, columns])
-                logits = products.of(q_smem.at[mine], keys, meanwhile=pass_turn) * to_log2
+                logits, unit = products.of(q_smem.at[mine], keys, meanwhile=pass_turn), to_log2
                 if bias2 is not None:
                     column_bias = common.load_vector(buffers["bias"].at[slot, columns], common.BY_COLUMN)
-                    logits = logits + common.along_columns(column_bias, logits.shape)
+                    logits, unit = logits * to_log2 + common.along_columns(column_bias, logits.shape), 1.0
                 plgpu.barrier_arrive(barriers["k_free"].at[slot])
                 if valid < width:
                     logits = jnp.where(common.columns_below(valid, logits.shape), logits, -jnp.inf)
-                new_top = jnp.maximum(top, logits.max(axis=1))
+                # The scale is applied to the row's maximum and inside the exponent, where it is a fused multiply-add.
+                new_top = jnp.maximum(top, logits.max(axis=1) * unit)
                 shrink = jnp.exp2(top - new_top)
-                weights = jnp.exp2(logits - common.along_rows(new_top, logits.shape))
+                weights = jnp.exp2(logits * unit - common.along_rows(new_top, logits.shape))
                 total = total * shrink + weights.sum(axis=1)
                 out = out * common.along_rows(shrink, block)
                 rounded = weights.astype(q.dtype)
