@@ -19,6 +19,8 @@ Array = jax.Array
 HOPPER = ("H100", "H200", "GH200", "H800", "H20")
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_SIZES = (64, 128)
+# Bulk copies into the layout of the tensor cores move whole groups of rows: other lengths are padded to one, by XLA.
+COPIED_ROWS = 8
 # The interpreter imitates this device.
 INTERPRETED = "NVIDIA H100 80GB HBM3"
 
@@ -61,8 +63,10 @@ def attention(
         raise NotImplementedError(f"shapes {q.shape}, {k.shape}, {v.shape}: batch, heads and head size must agree")
     tiles = tiles or tiles_for(device, size)
     bias2 = None if bias is None else _prepare_bias(bias, tiles)
-    out, lse = _attention(q, k, v, bias2, tiles, return_lse, interpret)
-    return (out, lse) if return_lse else out
+    queries, keys = q.shape[1], k.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % COPIED_ROWS), (0, 0), (0, 0))) for x in (q, k, v))
+    out, lse = _attention(q, k, v, bias2, keys, tiles, return_lse, interpret)
+    return (out[:, :queries], lse[:, :, :queries]) if return_lse else out[:, :queries]
 
 
 def interpreted(
@@ -79,12 +83,12 @@ def _prepare_bias(bias: Array, tiles: Tiles) -> Array:
     return jnp.pad(bias2, ((0, 0), (0, -bias.shape[1] % whole)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q, k, v, bias2, tiles: Tiles, return_lse: bool, interpret) -> tuple[Array, Array | None]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _attention(q, k, v, bias2, keys: int, tiles: Tiles, return_lse: bool, interpret) -> tuple[Array, Array | None]:
     # Imported here: Mosaic GPU needs packages that a machine without a GPU may lack.
     from kernels.attention.gpu_forward import forward
 
-    out, lse2 = forward(q, k, v, bias2, tiles.forward, with_lse=return_lse, interpret=interpret)
+    out, lse2 = forward(q, k, v, bias2, tiles.forward, keys=keys, with_lse=return_lse, interpret=interpret)
     return out, _natural(lse2, q.shape[1]) if return_lse else None
 
 
@@ -92,15 +96,15 @@ def _natural(lse2: Array, queries: int) -> Array:
     return lse2[:, :, :queries] * math.log(2.0)
 
 
-def _attention_fwd(q, k, v, bias2, tiles: Tiles, return_lse: bool, interpret):
+def _attention_fwd(q, k, v, bias2, keys: int, tiles: Tiles, return_lse: bool, interpret):
     from kernels.attention.gpu_forward import forward
 
-    out, lse2 = forward(q, k, v, bias2, tiles.forward, with_lse=True, interpret=interpret)
+    out, lse2 = forward(q, k, v, bias2, tiles.forward, keys=keys, with_lse=True, interpret=interpret)
     result = out, _natural(lse2, q.shape[1]) if return_lse else None
     return result, (q, k, v, bias2, out, lse2)
 
 
-def _attention_bwd(tiles: Tiles, return_lse: bool, interpret: bool, residuals, cotangents):
+def _attention_bwd(keys: int, tiles: Tiles, return_lse: bool, interpret: bool, residuals, cotangents):
     from kernels.attention.gpu_backward import key_value_gradient, query_gradient
 
     q, k, v, bias2, out, lse2 = residuals
@@ -111,7 +115,7 @@ def _attention_bwd(tiles: Tiles, return_lse: bool, interpret: bool, residuals, c
         delta = delta - dlse
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse2.shape[2] - q.shape[1])))
     operands = (q, k, v, bias2, dout, lse2, delta)
-    dq = query_gradient(*operands, tiles.dq, interpret=interpret)
+    dq = query_gradient(*operands, tiles.dq, keys=keys, interpret=interpret)
     dk, dv = key_value_gradient(*operands, tiles.dkv, interpret=interpret)
     return dq, dk, dv, None if bias2 is None else jnp.zeros_like(bias2)
 

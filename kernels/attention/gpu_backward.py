@@ -24,16 +24,17 @@ Array = jax.Array
 
 def query_gradient(
     q: Array, k: Array, v: Array, bias2: Array | None, dout: Array, lse2: Array, delta: Array, tiles: LoopTiles,
-    *, interpret,
+    *, keys: int, interpret,
 ) -> Array:
     """dq [B, S, N, D] in q's dtype; keys and values stream past 64 queries per warpgroup.
 
     Args:
       q, dout: [B, S, N, D]; k, v: [B, K, N, D]; bias2: [B, K'] float32 in base 2 or None.
-      lse2, delta: [B, N, S'] float32, base-2 log-sum-exp and row sums of out * dout, zero past S.
+      lse2, delta: [B, N, S'] float32, base-2 log-sum-exp and row sums of out * dout, delta zero past S.
+      keys: how many of the K rows count.
     """
     batch, _, heads, size = q.shape
-    ring = common.Ring.over(k.shape[1], tiles.rows, tiles.stages)
+    ring = common.Ring.over(keys, tiles.rows, tiles.stages)
     to_log2 = size**-0.5 * common.LOG2_E
     block = (ROWS_PER_WARPGROUP, size)
 
@@ -60,7 +61,7 @@ def query_gradient(
                 dq, lse, row_delta = carry
                 slot, columns = ring.slot(tile), pl.ds(0, width)
                 shape = (ROWS_PER_WARPGROUP, width)
-                keys, values = buffers["k"].at[slot, columns], buffers["v"].at[slot, columns]
+                key_tile, value_tile = buffers["k"].at[slot, columns], buffers["v"].at[slot, columns]
 
                 def weights_of(products):
                     logits = products * to_log2
@@ -72,10 +73,10 @@ def query_gradient(
 
                 plgpu.barrier_wait(barriers["ready"].at[slot])
                 weights, dweights = products.of_two(
-                    (q_smem, dout_smem), (common.transposed(keys), common.transposed(values)), weights_of
+                    (q_smem, dout_smem), (common.transposed(key_tile), common.transposed(value_tile)), weights_of
                 )
                 dlogits = weights * (dweights - common.along_rows(row_delta, shape))
-                dq = products.add(dq, dlogits.astype(q.dtype), keys)
+                dq = products.add(dq, dlogits.astype(q.dtype), key_tile)
                 plgpu.barrier_arrive(barriers["free"].at[slot])
                 return dq, lse, row_delta
 
@@ -123,7 +124,7 @@ def key_value_gradient(
 ) -> tuple[Array, Array]:
     """dk and dv [B, K, N, D] in k's dtype; queries stream past 64 keys per warpgroup, logits transposed.
 
-    Arguments as for :func:`query_gradient`.
+    Arguments as for :func:`query_gradient`. Rows of keys that do not count get gradients that mean nothing.
     """
     batch, queries, heads, size = q.shape
     ring = common.Ring.over(queries, tiles.rows, tiles.stages)

@@ -15,19 +15,20 @@ Array = jax.Array
 
 
 def forward(
-    q: Array, k: Array, v: Array, bias2: Array | None, tiles: LoopTiles, *, with_lse: bool, interpret
+    q: Array, k: Array, v: Array, bias2: Array | None, tiles: LoopTiles, *, keys: int, with_lse: bool, interpret
 ) -> tuple[Array, Array | None]:
     """softmax(q kᵀ / sqrt(D) + bias) v.
 
     Args:
-      q: [B, S, N, D]; k, v: [B, K, N, D], bfloat16 or float16, D 64 or 128.
+      q: [B, S, N, D]; k, v: [B, K, N, D], bfloat16 or float16, D 64 or 128, S and K multiples of 8.
+      keys: how many of the K rows count.
       bias2: [B, K] float32 bias times log2(e), its K padded to whole tiles, or None.
       with_lse: also return the log-sum-exp.
     Returns: [B, S, N, D] in q's dtype, and None or the base-2 log-sum-exp [B, N, S'] float32 where S' is S rounded up
       to whole blocks; rows past S are finite and mean nothing.
     """
     batch, queries, heads, size = q.shape
-    ring = common.Ring.over(k.shape[1], tiles.rows, tiles.stages)
+    ring = common.Ring.over(keys, tiles.rows, tiles.stages)
     to_log2 = size**-0.5 * common.LOG2_E
     block = (ROWS_PER_WARPGROUP, size)
 
@@ -56,8 +57,8 @@ def forward(
                 out, top, total = carry
                 slot, columns = ring.slot(tile), pl.ds(0, width)
                 plgpu.barrier_wait(barriers["k_ready"].at[slot])
-                keys = common.transposed(k_smem.at[slot, columns])
-                logits, unit = products.of(q_smem.at[mine], keys, meanwhile=pass_turn), to_log2
+                key_tile = common.transposed(k_smem.at[slot, columns])
+                logits, unit = products.of(q_smem.at[mine], key_tile, meanwhile=pass_turn), to_log2
                 if bias2 is not None:
                     column_bias = common.load_vector(buffers["bias"].at[slot, columns], common.BY_COLUMN)
                     logits, unit = logits * to_log2 + common.along_columns(column_bias, logits.shape), 1.0
