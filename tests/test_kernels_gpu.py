@@ -85,9 +85,26 @@ def test_a_tile_without_any_visible_key_gives_weight_zero():
     np.testing.assert_allclose(out.astype(jnp.float32), want.astype(jnp.float32), atol=0.02)
 
 
-def hopper():
+@interpreted
+def test_logits_far_below_zero_leave_the_gradients_at_a_ragged_end_finite():
+    # exp(0 - lse), the weight that a row of zeros past the end would get, overflows float32 here.
+    q, k, v, *_ = inputs(dataclasses.replace(HALF, queries=20, keys=21))
+    q, k = 6 + q / 8, -6 + k / 8
+
+    _, lse = reference.attention(q, k, v, return_lse=True)
+    assert lse.max() < -150
+
+    def loss(q, k, v):
+        return jnp.square(gpu.attention(q, k, v, tiles=SMALL, interpret=True).astype(jnp.float32)).sum()
+
+    for name, gradient in zip("qkv", jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v), strict=True):
+        assert np.isfinite(np.asarray(gradient, np.float32)).all(), name
+
+
+def hopper(sizes=(), names=()):
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(sizes, names, kinds, abstract_device=device))
 
 
 @importable
@@ -106,6 +123,20 @@ def test_gradients_trace_under_jit_scan_and_remat_for_a_hopper_gpu():
         arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((layers,), shape)]
         gradients = jax.eval_shape(jax.jit(jax.grad(loss, argnums=(0, 1))), *arguments)
     assert gradients[0].shape == (layers,) and gradients[1].shape == shape
+
+
+@importable
+def test_gradients_trace_under_shard_map_with_heads_over_devices():
+    spec = jax.sharding.PartitionSpec(None, None, "context")
+    x = jax.ShapeDtypeStruct((1, 301, 8, 64), jnp.bfloat16)
+    with hopper((4,), ("context",)):
+        spread = jax.shard_map(gpu.attention, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+
+        def loss(*x):
+            return spread(*x).astype(jnp.float32).sum()
+
+        gradients = jax.eval_shape(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), x, x, x)
+    assert [g.shape for g in gradients] == [x.shape] * 3
 
 
 @pytest.mark.parametrize("change, reason", [
