@@ -139,8 +139,10 @@ def main() -> int:
     if reason := why_not():
         print(reason, file=sys.stderr)
         return 2
-    # The plugin looks for a card, Mosaic passes its options to the assembler: both before jax is imported.
-    os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", JAX_PLATFORMS="cpu,cuda", MOSAIC_GPU_DUMP_PTXAS="1")
+    # The plugin looks for a card and Mosaic for options of the assembler: both read the environment once. A program
+    # from a cache would come without the assembler's report.
+    os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", JAX_PLATFORMS="cpu,cuda", MOSAIC_GPU_DUMP_PTXAS="1",
+                      JAX_ENABLE_COMPILATION_CACHE="false")
     rows = compile_all(arguments)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
