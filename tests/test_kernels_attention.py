@@ -243,10 +243,10 @@ def test_layer_equals_a_masked_float64_computation_with_all_its_gradients(name, 
                                    **options_of(option), **arrays)
 
     (_, got), gradients = jax.jit(jax.value_and_grad(lambda a: loss(layer, a), has_aux=True))(arrays)
-    np.testing.assert_allclose(got, want, atol=3e-6)
-    for key, gradient in gradients.items():
-        scale = np.abs(want_gradients[key]).max()
-        np.testing.assert_allclose(gradient / scale, want_gradients[key] / scale, atol=1e-5, err_msg=key)
+    # The project's bound, 1e-5 of the range: weights under a bound have exponents up to 2^8, rounded to 2^-16.
+    for key, value, true in (("out", got, want), *((key, gradients[key], want_gradients[key]) for key in gradients)):
+        scale = np.abs(true).max()
+        np.testing.assert_allclose(value / scale, true / scale, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -261,7 +261,7 @@ def test_current_rows_with_cached_history_equal_the_restricted_whole(name):
     current = compacted_attention(q[:, history:], k[:, history:], v[:, history:], norm_q=norm_q,
                                   norm_k=arrays["norm_k"], cos=cos[history:], sin=sin[history:], history=cache,
                                   **shared)
-    np.testing.assert_allclose(current, whole[:, history:], atol=2e-6)
+    assert np.abs(current - whole[:, history:]).max() <= 1e-5 * np.ptp(whole)
 
 
 # -- transformations --------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_scan_and_remat_give_the_gradient_of_the_plain_loop(name):
 
 def test_explain_names_the_chosen_variant_and_every_refusal(monkeypatch):
     q, k, v, bias, _, _ = inputs(Case(with_bias=True))
-    monkeypatch.setattr(dispatch, "ORDERS", (dispatch.Order("cpu", "", ("cudnn", "unregistered", "xla"), None),))
+    monkeypatch.setattr(dispatch, "ORDERS", (dispatch.Order("cpu", "", ("cudnn", "xla"), None),))
     explanation = explain(jax.ShapeDtypeStruct(q.shape, q.dtype), k, v, bias)
     assert explanation.chosen == "xla"
     assert list(explanation.refused) == ["cudnn"] and "cpu" in explanation.refused["cudnn"]

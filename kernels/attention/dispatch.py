@@ -23,6 +23,8 @@ Core = Callable[..., Array | tuple[Array, Array]]
 VARIANTS: dict[str, str] = {
     "per_head": "kernels.attention.per_head:attention",
     "cudnn": "kernels.attention.cudnn:attention",
+    "mosaic_gpu": "kernels.attention.gpu:attention",
+    "mosaic_gpu_interpret": "kernels.attention.gpu:interpreted",
     "mosaic_tpu": "kernels.attention.tpu:attention",
     "mosaic_tpu_interpret": "kernels.attention.tpu:interpreted",
     "xla": "kernels.attention.reference:attention",
@@ -42,7 +44,7 @@ class Order(NamedTuple):
     measured: str | None
 
 
-# The first entry that fits the device decides. Names that are not among VARIANTS are left out.
+# The first entry that fits the device decides.
 ORDERS: tuple[Order, ...] = (
     Order("cpu", "", ("per_head", "xla"), "two Zen 5 cores: see per_head.py"),
     Order("tpu", "", ("mosaic_tpu", "xla"), None),
@@ -60,10 +62,10 @@ class Explanation(NamedTuple):
 
 
 def order_for(device: Device) -> tuple[str, ...]:
-    """The registered variants that the dispatch tries on a device, in order."""
+    """The variants that the dispatch tries on a device, in order."""
     for entry in ORDERS:
         if entry.platform == device.platform and entry.kind in device.kind:
-            return tuple(name for name in entry.variants if name in VARIANTS)
+            return entry.variants
     return FALLBACK
 
 
