@@ -16,7 +16,7 @@ from kernels.attention.gpu_tiles import COMPUTE_WARPGROUPS, ROWS_PER_WARPGROUP, 
 
 Array = jax.Array
 
-HOPPER = ("H100", "H200", "GH200", "H800", "H20")
+HOPPER = ("H100", "H200", "H800", "H20")
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_SIZES = (64, 128)
 # Bulk copies into the layout of the tensor cores move whole groups of rows: other lengths are padded to one, by XLA.
@@ -50,6 +50,8 @@ def attention(
     device = INTERPRETED if interpret else current_device().kind
     if not any(name in device for name in HOPPER):
         raise NotImplementedError(f"needs a Hopper GPU (compute capability 9.0), the device is {device}")
+    if reason := _why_no_mosaic(bool(interpret)):
+        raise NotImplementedError(reason)
     size = q.shape[-1]
     if size not in HEAD_SIZES:
         raise NotImplementedError(f"head size {size}: the kernel serves 64 and 128")
@@ -76,6 +78,15 @@ def interpreted(
     return attention(q, k, v, bias, return_lse=return_lse, interpret=True)
 
 
+def _why_no_mosaic(interpret: bool) -> str | None:
+    # Imported late: Mosaic GPU needs packages that a machine without a GPU may lack.
+    try:
+        from kernels.attention.gpu_common import interpret_support
+    except ImportError as error:
+        return f"Pallas Mosaic GPU cannot be imported: {error}"
+    return interpret_support() if interpret else None
+
+
 def _prepare_bias(bias: Array, tiles: Tiles) -> Array:
     """[B, K] -> [B, K'] float32 in base 2, padded so that every kernel copies whole tiles."""
     whole = math.lcm(COMPUTE_WARPGROUPS * ROWS_PER_WARPGROUP, tiles.forward.rows, tiles.dq.rows)
@@ -85,7 +96,6 @@ def _prepare_bias(bias: Array, tiles: Tiles) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _attention(q, k, v, bias2, keys: int, tiles: Tiles, return_lse: bool, interpret) -> tuple[Array, Array | None]:
-    # Imported here: Mosaic GPU needs packages that a machine without a GPU may lack.
     from kernels.attention.gpu_forward import forward
 
     out, lse2 = forward(q, k, v, bias2, tiles.forward, keys=keys, with_lse=return_lse, interpret=interpret)
