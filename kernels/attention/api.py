@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import per_head, reference
+from kernels.attention import partition, per_head, reference
 
 Array = jax.Array
 
@@ -37,11 +37,11 @@ def _attend(q: Array, k: Array, v: Array, bias: Array | None, implementation: st
     if implementation is not None:
         if implementation not in VARIANTS:
             raise ValueError(f"attention implementation: one of {', '.join(VARIANTS)}, got {implementation!r}")
-        return VARIANTS[implementation](q, k, v, bias)
+        return partition.per_device(VARIANTS[implementation], q, k, v, bias)
     reasons = []
-    for name in DEFAULT_ORDER.get(jax.default_backend(), FALLBACK_ORDER):
+    for name in DEFAULT_ORDER.get(partition.platform(), FALLBACK_ORDER):
         try:
-            return VARIANTS[name](q, k, v, bias)
+            return partition.per_device(VARIANTS[name], q, k, v, bias)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
     raise NotImplementedError("no attention variant supports this call: " + "; ".join(reasons))
