@@ -1,0 +1,56 @@
+"""Trains one small model in several layouts on eight CPU devices, in a process of its own; see test_sharding.py.
+
+    python mesh_worker.py FOLDER   writes FOLDER/<case>/metrics.jsonl and FOLDER/shards.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import mesh_config  # noqa: E402
+
+from helios_jax.training.config import run_config  # noqa: E402
+from helios_jax.training.loop import train  # noqa: E402
+from helios_jax.training.program import Program  # noqa: E402
+
+CASES = {
+    "one": {"num_steps": 7},
+    "data": {"mesh": {"data": 8}},
+    "fsdp": {"mesh": {"fsdp": -1}},
+    "mixed": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+    "context": {"mesh": {"fsdp": 2, "context": 2, "tensor": 2}},
+    "parts": {"mesh": {"fsdp": 2}, "accumulate": 2, "remat": "nothing_saveable"},
+}
+
+
+def run_of(folder: Path, remat: str | None = None, **changes):
+    config = mesh_config.get_config()
+    config.update(changes)
+    config.objective.data = str(folder / "latents")
+    config.objective.remat = remat
+    return run_config(config)
+
+
+def main(folder: Path) -> None:
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    for name, changes in CASES.items():
+        train(run_of(folder, **changes), folder / name, print_line=report)
+    # The same run goes on from its checkpoint on another mesh.
+    train(run_of(folder, mesh=CASES["mixed"]["mesh"], num_steps=7), folder / "fsdp", print_line=report)
+
+    state = Program.build(run_of(folder, **CASES["context"])).initial_state()
+    shards = {jax.tree_util.keystr(path): [list(leaf.shape), list(leaf.addressable_shards[0].data.shape)]
+              for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    (folder / "shards.json").write_text(json.dumps(shards))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
