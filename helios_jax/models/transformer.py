@@ -25,8 +25,7 @@ from helios_jax.models.inputs import FrameIndices, History
 from helios_jax.models.layers import Linear, gelu, layer_norm, low_rank, matmul_float32, silu
 from helios_jax.models.rope import rotary_tables
 from helios_jax.sharding import constrain
-from kernels.attention import compacted_attention, cross_attention
-from kernels.attention.api import rms_norm_heads
+from kernels.attention import compacted_attention, cross_attention, rms_norm_heads
 
 Array = jax.Array
 Dtype = Any

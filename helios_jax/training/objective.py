@@ -27,6 +27,24 @@ OBJECTIVES = {
 }
 
 
+class BaseParams:
+    """Parameters that nobody trains and that are too large to be made before they are needed (a LoRA run's base).
+
+    Args:
+      abstract: the tree of ``jax.ShapeDtypeStruct``.
+      load: ``load(sharding) -> tree of jax.Array``; ``sharding`` as in :func:`helios_jax.convert.load.load_component`.
+    """
+
+    def __init__(self, abstract: PyTree, load: Callable[[Any], PyTree]):
+        self.abstract, self._load, self._loaded = abstract, load, None
+
+    def load(self, sharding: Any = None) -> PyTree:
+        """The parameters; read at the first call, the same arrays afterwards."""
+        if self._loaded is None:
+            self._loaded = self._load(sharding)
+        return self._loaded
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """One training objective.
@@ -41,10 +59,8 @@ class Objective:
         own rows of the batch; :func:`helios_jax.data.pipeline.batches` does that. The iterator's state must be the
         same in every process, and for every number of processes.
       frozen: arrays that the loss needs but nobody trains (a frozen model, tables of embeddings). They are arguments
-        of the compiled step, never constants in it, and are not saved. With ``load_frozen`` it holds only
-        ``jax.ShapeDtypeStruct`` leaves.
-      load_frozen: ``load_frozen(abstract) -> arrays`` in place of :attr:`frozen`, for what is too large to be read
-        whole: the leaves of ``abstract`` say in ``.sharding`` where each array shall lie.
+        of the compiled step, never constants in it, and are not saved.
+      base: further frozen parameters, loaded when the run begins; the loss finds them in ``frozen["base"]``.
       trainable: ``trainable(params) -> tree of bool`` of the same structure; ``None`` trains everything. Parameters
         outside it have no optimizer state and never change.
       load_params: ``load_params(abstract_params) -> params``: start values from elsewhere (a converted checkpoint, an
@@ -63,7 +79,7 @@ class Objective:
     loss: Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     dataset: Any
     frozen: PyTree = dataclasses.field(default_factory=dict)
-    load_frozen: Callable[[PyTree], PyTree] | None = None
+    base: BaseParams | None = None
     per_sample_keys: bool = False
     trainable: Callable[[PyTree], PyTree] | None = None
     load_params: Callable[[PyTree], PyTree] | None = None

@@ -190,8 +190,9 @@ class Program:
                                         abstract_params)
         places = sharding.following_shardings(partition, abstract_state, abstract_params,
                                               sharding.param_shardings(partition, abstract_params))
+        frozen = objective.frozen if objective.base is None else {**objective.frozen, "base": objective.base.abstract}
         frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(
-            leaf.dtype)), objective.frozen)
+            leaf.dtype)), frozen)
         return cls(run, partition, objective, optimizer, trainable, sharding.with_shardings(abstract_state, places),
                    sharding.with_shardings(frozen, sharding.param_shardings(partition, frozen)))
 
@@ -220,9 +221,10 @@ class Program:
 
     def load_frozen(self) -> PyTree:
         """The frozen arrays on the mesh."""
-        objective = self.objective
-        arrays = objective.frozen if objective.load_frozen is None else objective.load_frozen(self.abstract_frozen)
-        return sharding.place(arrays, jax.tree.map(lambda leaf: leaf.sharding, self.abstract_frozen))
+        objective, places = self.objective, jax.tree.map(lambda leaf: leaf.sharding, self.abstract_frozen)
+        frozen = objective.frozen if objective.base is None else {
+            **objective.frozen, "base": objective.base.load(places["base"])}
+        return sharding.place(frozen, places)
 
     def lower(self, batch: PyTree) -> jax.stages.Lowered:
         """The step, traced for a batch of global arrays or ``jax.ShapeDtypeStruct``; its state is donated."""

@@ -1,5 +1,19 @@
 """Attention over the compacted sequence of one chunk, and cross-attention over the prompt."""
 
-from kernels.attention.api import compacted_attention, cross_attention
+from kernels.attention.api import HistoryKeysValues, compacted_attention, cross_attention, prepare_history
+from kernels.attention.dispatch import attend, explain
+from kernels.attention.prologue import rms_norm_heads
+from kernels.attention.segments import Packing, Segments, pack
 
-__all__ = ["compacted_attention", "cross_attention"]
+__all__ = [
+    "HistoryKeysValues",
+    "Packing",
+    "Segments",
+    "attend",
+    "compacted_attention",
+    "cross_attention",
+    "explain",
+    "pack",
+    "prepare_history",
+    "rms_norm_heads",
+]

@@ -1,76 +1,51 @@
-"""The public attention functions and the dispatch over their variants.
-
-A variant raises ``NotImplementedError`` with its reason when it cannot serve a call; the dispatch then tries the
-next one. Asking for a variant by name fails loudly instead.
-"""
+"""The public attention functions of the model: from the projections' output to the attention's output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import partition, per_head, reference
+from helios_jax.errors import UserError
+from kernels.attention.dispatch import Core, attend
+from kernels.attention.prologue import Ranges, prepare_keys, prepare_queries, rms_norm_heads
+from kernels.attention.segments import Segments, attend_segments, pack
 
 Array = jax.Array
 
-VARIANTS: dict[str, Callable[..., Array]] = {
-    "per_head": per_head.attention,
-    "xla": reference.attention,
-}
-# What `implementation=None` tries, in order, on each backend.
-DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("per_head", "xla")}
-FALLBACK_ORDER = ("xla",)
+
+class HistoryKeysValues(NamedTuple):
+    """Keys (normed, rotated, scaled) and values of the history, each [B, H, N, D], computed once per chunk."""
+
+    keys: Array
+    values: Array
 
 
-def _attend(q: Array, k: Array, v: Array, bias: Array | None, implementation: str | None) -> Array:
-    """Scaled dot-product attention through the first variant that supports the call.
+def prepare_history(
+    k: Array,
+    v: Array,
+    *,
+    norm_k: Array,
+    cos: Array,
+    sin: Array,
+    num_heads: int,
+    eps: float = 1e-6,
+    history_key_scale: Array | None = None,
+) -> HistoryKeysValues:
+    """Keys and values of the history for ``compacted_attention(history=...)``.
 
-    Args:
-      q: [B, S, N, D]; k, v: [B, K, N, D]; bias: [B, K] float32 added to the logits, or None.
-      implementation: a name from ``VARIANTS``, or None for the backend's default order.
-    Returns: [B, S, N, D] in q's dtype.
-    Raises:
-      ValueError: unknown name. NotImplementedError: the named variant does not support the call.
-    """
-    if implementation is not None:
-        if implementation not in VARIANTS:
-            raise ValueError(f"attention implementation: one of {', '.join(VARIANTS)}, got {implementation!r}")
-        return partition.per_device(VARIANTS[implementation], q, k, v, bias)
-    reasons = []
-    for name in DEFAULT_ORDER.get(partition.platform(), FALLBACK_ORDER):
-        try:
-            return partition.per_device(VARIANTS[name], q, k, v, bias)
-        except NotImplementedError as reason:
-            reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("no attention variant supports this call: " + "; ".join(reasons))
-
-
-def rms_norm_heads(x: Array, weight: Array, eps: float, num_heads: int) -> Array:
-    """RMS norm over the full width (all heads together) in float32, then the split into heads.
+    They may be kept between denoising steps only where history sees history alone (``restrict_self_attn``): else the
+    history's hidden states, and with them its keys, depend on the noise.
 
     Args:
-      x: [B, S, C] straight from the projection; weight: [C].
-    Returns: [B, S, N, D] in x's dtype.
+      k, v: [B, H, C] the history rows of the projections; norm_k: [C]; cos, sin: [H, D/2] float32.
+      history_key_scale: [N] or [1] float32, or None.
     """
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * weight.astype(jnp.float32)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], num_heads, -1)  # [B, S, C] -> [B, S, N, D]
-
-
-def rotate_pairs(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary position embedding on adjacent (interleaved) channel pairs, in float32.
-
-    Args:
-      x: [B, S, N, D]; cos, sin: [S, D/2] float32. The tables of pooled history are not of unit norm, on purpose.
-    Returns: [B, S, N, D] in x's dtype.
-    """
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)  # [B, S, N, D] -> [B, S, N, D/2, 2]
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]  # [S, D/2] -> [1, S, 1, D/2]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)  # [B, S, N, D/2, 2] -> [B, S, N, D]
+    keys = prepare_keys(k, norm_k=norm_k, cos=cos, sin=sin, num_heads=num_heads, eps=eps,
+                        history_ranges=((0, k.shape[1]),), history_key_scale=history_key_scale)
+    return HistoryKeysValues(keys, v.reshape(keys.shape))  # [B, H, C] -> [B, H, N, D]
 
 
 def compacted_attention(
@@ -86,12 +61,17 @@ def compacted_attention(
     eps: float = 1e-6,
     history_length: int = 0,
     history_key_scale: Array | None = None,
-    implementation: str | None = None,
-) -> Array:
+    history_ranges: Ranges | None = None,
+    segments: Segments | None = None,
+    restrict_self_attn: bool = False,
+    history: HistoryKeysValues | None = None,
+    return_lse: bool = False,
+    implementation: str | Core | None = None,
+) -> Array | tuple[Array, Array]:
     """Self-attention over the packed sequence ``[long | mid | short | current]`` of one chunk.
 
     RMS norm of q and k over all heads with float32 statistics, rotary positions, optional scale on the keys of the
-    history, dense unmasked attention with float32 softmax.
+    history, dense attention with float32 softmax.
 
     Args:
       q, k, v: [B, S, C] straight from their projections, C = num_heads * D.
@@ -99,20 +79,47 @@ def compacted_attention(
       cos, sin: [S, D/2] float32 rotary tables.
       history_length: number of leading history tokens.
       history_key_scale: [N] or [1] float32 factor on the history's keys, or None.
-      implementation: variant name, or None for the backend's default.
-    Returns: [B, S, C] in q's dtype.
+      history_ranges: the history's rows where several entries are packed (``pack``), in place of history_length.
+      segments: which query rows see which key rows (``pack``); default: all see all.
+      restrict_self_attn: history sees history only, current tokens see both (one entry; for several see ``pack``).
+      history: prepared keys and values of the history; q, k, v, cos, sin are then those of the current rows alone,
+        and so is the result.
+      return_lse: also return the float32 log-sum-exp [B, N, S].
+      implementation: variant name, a function of the core contract (``context_parallel`` makes one), or None for the
+        device's default.
+    Returns: [B, S, C] in q's dtype; with ``return_lse`` a pair.
+    Raises:
+      UserError: unknown variant, or options that contradict each other.
 
-    Source: diffusers ``HeliosAttnProcessor``.
+    Source: diffusers ``HeliosAttnProcessor``; segments and restriction: spec training_stages_1_2, sections 6.4 and 7.
     """
-    q = rotate_pairs(rms_norm_heads(q, norm_q, eps, num_heads), cos, sin)
-    k = rotate_pairs(rms_norm_heads(k, norm_k, eps, num_heads), cos, sin)
+    if history is not None and (history_length or history_ranges or segments or restrict_self_attn):
+        raise UserError("history: prepared keys stand for the whole history; history_length, history_ranges, segments "
+                        "and restrict_self_attn must then be left out")
+    if restrict_self_attn and (segments is not None or history_ranges is not None):
+        raise UserError("restrict_self_attn: for packed entries use pack(..., restrict_self_attn=True)")
+    if history_ranges is None:
+        history_ranges = ((0, history_length),) if history_length else ()
+    elif history_length:
+        raise UserError(f"history_length: 0 where history_ranges is given, got {history_length}")
+    if restrict_self_attn:
+        segments = pack([(history_length, q.shape[1] - history_length)], restrict_self_attn=True).segments
+
+    tables = {"cos": cos, "sin": sin, "num_heads": num_heads, "eps": eps}
+    q = prepare_queries(q, norm_q=norm_q, **tables)
+    k = prepare_keys(k, norm_k=norm_k, history_ranges=history_ranges, history_key_scale=history_key_scale, **tables)
     v = v.reshape(k.shape)  # [B, S, C] -> [B, S, N, D]
-    if history_key_scale is not None and history_length:
-        is_history = (jnp.arange(k.shape[1]) < history_length)[None, :, None, None]
-        factor = history_key_scale.astype(k.dtype)[None, None, :, None]  # [N or 1] -> [1, 1, N or 1, 1]
-        k = jnp.where(is_history, k * factor, k)
-    out = _attend(q, k, v, None, implementation)
-    return out.reshape(*out.shape[:2], -1)  # [B, S, N, D] -> [B, S, C]
+    if history is not None:
+        k = jnp.concatenate([history.keys.astype(k.dtype), k], axis=1)  # [B, H+S, N, D]
+        v = jnp.concatenate([history.values.astype(v.dtype), v], axis=1)
+    core = functools.partial(attend, implementation=implementation)
+    if segments is None:
+        result = core(q, k, v, return_lse=return_lse)
+    else:
+        result = attend_segments(core, q, k, v, segments, return_lse=return_lse)
+    out, lse = result if return_lse else (result, None)
+    out = out.reshape(*out.shape[:2], -1)  # [B, S, N, D] -> [B, S, C]
+    return (out, lse) if return_lse else out
 
 
 def cross_attention(
@@ -124,7 +131,7 @@ def cross_attention(
     norm_q: Array,
     num_heads: int,
     eps: float = 1e-6,
-    implementation: str | None = None,
+    implementation: str | Core | None = None,
 ) -> Array:
     """Attention of tokens over the prompt, whose normed keys and values were computed once.
 
@@ -134,5 +141,5 @@ def cross_attention(
     Returns: [B, S, C] in q's dtype.
     """
     q = rms_norm_heads(q, norm_q, eps, num_heads)
-    out = _attend(q, keys, values, bias, implementation)
+    out = attend(q, keys, values, bias, implementation=implementation)
     return out.reshape(*out.shape[:2], -1)  # [B, S, N, D] -> [B, S, C]

@@ -11,9 +11,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
+
+from helios_jax.errors import UserError
 
 Array = jax.Array
 
@@ -40,19 +43,15 @@ def use(mesh: Mesh, batch: tuple[str, ...], heads: tuple[str, ...]) -> Iterator[
         _CURRENT.reset(token)
 
 
-def platform() -> str:
-    """For which kind of device attention is compiled: the mesh's, which a compilation without hardware sets."""
-    current = _CURRENT.get()
-    return jax.default_backend() if current is None else current.mesh.devices.flat[0].platform
-
-
-def per_device(attend: Callable[..., Array], q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+def per_device(attend: Callable[..., Any], q: Array, k: Array, v: Array, bias: Array | None, *,
+               return_lse: bool = False) -> Any:
     """``attend(q, k, v, bias)`` on every device's own part.
 
     Args:
-      attend: maps [B, S, N, D], twice [B, K, N, D] and [B, K] or None to [B, S, N, D].
+      attend: maps [B, S, N, D], twice [B, K, N, D] and [B, K] or None to [B, S, N, D], with ``return_lse`` also to
+        [B, N, S].
     Raises:
-      ValueError: the heads do not divide over the devices.
+      UserError: the heads do not divide over the devices.
     """
     current = _CURRENT.get()
     if current is None or current.mesh.size == 1:
@@ -61,14 +60,19 @@ def per_device(attend: Callable[..., Array], q: Array, k: Array, v: Array, bias:
     parts = math.prod(shape[axis] for axis in current.heads)
     if q.shape[2] % parts:
         sizes = " x ".join(f"mesh.{axis} {shape[axis]}" for axis in current.heads)
-        raise ValueError(f"mesh: {q.shape[2]} attention heads do not divide by {parts} ({sizes})")
+        raise UserError(f"mesh: {q.shape[2]} attention heads do not divide by {parts} ({sizes})")
     batch = current.batch
     while batch and q.shape[0] % math.prod(shape[axis] for axis in batch):
         batch = batch[:-1]
-    heads = PartitionSpec(batch or None, None, current.heads or None, None)
+    rows, heads = batch or None, current.heads or None
+    tokens = PartitionSpec(rows, None, heads, None)
+    out = (tokens, PartitionSpec(rows, heads, None)) if return_lse else tokens
+    arguments, specs = (q, k, v), (tokens, tokens, tokens)
+    if bias is not None:
+        arguments, specs = (*arguments, bias), (*specs, PartitionSpec(rows, None))
+
+    def local(q: Array, k: Array, v: Array, bias: Array | None = None) -> Any:
+        return attend(q, k, v, bias)
+
     # Variants are opaque to the replication check (kernels, custom derivatives).
-    if bias is None:
-        return jax.shard_map(lambda q, k, v: attend(q, k, v, None), mesh=current.mesh, in_specs=(heads, heads, heads),
-                             out_specs=heads, check_vma=False)(q, k, v)
-    return jax.shard_map(attend, mesh=current.mesh, in_specs=(heads, heads, heads, PartitionSpec(batch or None, None)),
-                         out_specs=heads, check_vma=False)(q, k, v, bias)
+    return jax.shard_map(local, mesh=current.mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)

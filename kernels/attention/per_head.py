@@ -25,8 +25,8 @@ def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 @jax.custom_vjp
-def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """q: [S, D]; k, v: [K, D]; bias: [K] float32, a constant, or None. Returns [S, D] float32."""
+def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """q: [S, D]; k, v: [K, D]; bias: [K] float32, a constant, or None. Returns [S, D] and the lse [S], float32."""
     return _forward(q, k, v, bias)[0]
 
 
@@ -37,11 +37,13 @@ def _forward(q, k, v, bias):
     total = weights.sum(-1, keepdims=True)
     # Normalising after the product touches S x D numbers instead of S x K.
     out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-    return out, (q, k, v, bias, out, top + jnp.log(total))
+    lse = top + jnp.log(total)
+    return (out, lse[:, 0]), (q, k, v, bias, out, lse)
 
 
-def _backward(residuals, d_out):
+def _backward(residuals, gradients):
     """Recomputes the weights from the log-sum-exp [S, 1] instead of keeping [S, K] numbers per head."""
+    d_out, d_lse = gradients
     q, k, v, bias, out, lse = residuals
     scale = q.shape[-1] ** -0.5
     weights = jnp.exp(_logits(q, k, bias) - lse)
@@ -50,7 +52,8 @@ def _backward(residuals, d_out):
         return jnp.matmul(a.astype(q.dtype), b.astype(q.dtype), preferred_element_type=jnp.float32)
 
     d_weights = product(d_out, v.T)
-    d_logits = weights * (d_weights - (d_out * out).sum(-1, keepdims=True)) * scale
+    # The gradient of the log-sum-exp with respect to the logits is the weights themselves.
+    d_logits = weights * (d_weights - (d_out * out).sum(-1, keepdims=True) + d_lse[:, None]) * scale
     d_q, d_k, d_v = product(d_logits, k), product(d_logits.T, q), product(weights.T, d_out)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), jax.tree.map(jnp.zeros_like, bias)
 
@@ -58,7 +61,9 @@ def _backward(residuals, d_out):
 _one_head.defvjp(_forward, _backward)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, *, return_lse: bool = False
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Same contract as :func:`kernels.attention.reference.attention`."""
     b, s, n, d = q.shape
     keys = k.shape[1]
@@ -68,7 +73,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) 
     per_head_bias = None if bias is None else jnp.repeat(bias.astype(jnp.float32), n, axis=0)
     blocks = -(-s * keys // MAX_LOGITS)
     if blocks == 1:
-        out = jax.lax.map(lambda head: _one_head(*head), (q, k, v, per_head_bias))
+        out, lse = jax.lax.map(lambda head: _one_head(*head), (q, k, v, per_head_bias))
     else:
         rows = -(-s // blocks)
         padded = jnp.pad(q, ((0, 0), (0, rows * blocks - s), (0, 0)))
@@ -78,6 +83,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) 
             q, k, v, bias = head
             return jax.lax.map(lambda rows_of_q: _one_head(rows_of_q, k, v, bias), q)
 
-        out = jax.lax.map(one_head_in_blocks, (padded, k, v, per_head_bias))
+        out, lse = jax.lax.map(one_head_in_blocks, (padded, k, v, per_head_bias))
         out = out.reshape(b * n, rows * blocks, d)[:, :s]
-    return out.reshape(b, n, s, d).transpose(0, 2, 1, 3).astype(v.dtype)  # -> [B, S, N, D]
+        lse = lse.reshape(b * n, rows * blocks)[:, :s]
+    out = out.reshape(b, n, s, d).transpose(0, 2, 1, 3).astype(v.dtype)  # -> [B, S, N, D]
+    return (out, lse.reshape(b, n, s)) if return_lse else out

@@ -6,16 +6,20 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, *, return_lse: bool = False
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(q kᵀ / sqrt(D) + bias) v with float32 logits and softmax.
 
     Args:
-      q: [B, S, N, D]; k, v: [B, K, N, D]; bias: [B, K] float32 or None.
-    Returns: [B, S, N, D] in q's dtype.
+      q: [B, S, N, D]; k, v: [B, K, N, D]; bias: [B, K] float32, a constant without gradient, or None.
+      return_lse: also return the log-sum-exp of the logits.
+    Returns: [B, S, N, D] in q's dtype; with ``return_lse`` also [B, N, S] float32.
     """
     logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if bias is not None:
-        logits = logits + bias[:, None, None, :]  # [B, K] -> [B, 1, 1, K]
+        logits = logits + jax.lax.stop_gradient(bias)[:, None, None, :]  # [B, K] -> [B, 1, 1, K]
     weights = jax.nn.softmax(logits, axis=-1)
     out = jnp.einsum("bnqk,bknd->bqnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype)
+    out = out.astype(q.dtype)
+    return (out, jax.nn.logsumexp(logits, axis=-1)) if return_lse else out
