@@ -119,9 +119,9 @@ def losses_reported() -> Iterator[None]:
         is_runtime = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
         if jax.process_count() == 1 or not is_runtime:
             raise
-        raise ProcessLost(f"process {jax.process_index()} of {jax.process_count()} ends, because another process of the "
-                          f"run was lost; the same command resumes from the newest checkpoint ({_first_line(error)})"
-                          ) from error
+        raise ProcessLost(f"process {jax.process_index()} of {jax.process_count()} ends, because another process of "
+                          "the run was lost; the same command resumes from the newest checkpoint "
+                          f"({_first_line(error)})") from error
 
 
 def wait_for_all(name: str) -> None:
