@@ -13,6 +13,6 @@ def get_config() -> ConfigDict:
         },
         "batch_size": 8, "accumulate": 1, "num_steps": 5, "log_every": 1, "checkpoint_every": 100, "seed": 3,
         "ema_decay": 0.9, "tensorboard": False,
-        "optimizer": {"name": "muon", "learning_rate": 3e-3, "schedule": "constant"},
+        "optimizer": {"name": "adamw", "learning_rate": 3e-3, "schedule": "constant"},
         "mesh": {"data": 1, "fsdp": 1, "context": 1, "tensor": 1},
     })

@@ -10,7 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Quick compilation: the steps are few.
+os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+                           "--xla_llvm_disable_expensive_passes=true")
 
 import jax  # noqa: E402
 import mesh_config  # noqa: E402
@@ -19,10 +21,12 @@ from helios_jax.training.config import run_config  # noqa: E402
 from helios_jax.training.loop import train  # noqa: E402
 from helios_jax.training.program import Program  # noqa: E402
 
+ADAMW = {"name": "adamw", "learning_rate": 3e-3, "schedule": "constant"}
 CASES = {
     "one": {"num_steps": 7},
     "data": {"mesh": {"data": 8}},
-    "fsdp": {"mesh": {"fsdp": -1}},
+    "one_muon": {"optimizer": {**ADAMW, "name": "muon"}},
+    "fsdp_muon": {"mesh": {"fsdp": -1}, "optimizer": {**ADAMW, "name": "muon"}},
     "mixed": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
     "context": {"mesh": {"fsdp": 2, "context": 2, "tensor": 2}},
     "parts": {"mesh": {"fsdp": 2}, "accumulate": 2, "remat": "nothing_saveable"},
@@ -31,6 +35,7 @@ CASES = {
 
 def run_of(folder: Path, remat: str | None = None, **changes):
     config = mesh_config.get_config()
+    config.optimizer = {**ADAMW, **changes.pop("optimizer", {})}
     config.update(changes)
     config.objective.data = str(folder / "latents")
     config.objective.remat = remat
@@ -44,10 +49,11 @@ def main(folder: Path) -> None:
     for name, changes in CASES.items():
         train(run_of(folder, **changes), folder / name, print_line=report)
     # The same run goes on from its checkpoint on another mesh.
-    train(run_of(folder, mesh=CASES["mixed"]["mesh"], num_steps=7), folder / "fsdp", print_line=report)
+    train(run_of(folder, mesh=CASES["mixed"]["mesh"], num_steps=7), folder / "context", print_line=report)
 
-    state = Program.build(run_of(folder, **CASES["context"])).initial_state()
-    shards = {jax.tree_util.keystr(path): [list(leaf.shape), list(leaf.addressable_shards[0].data.shape)]
+    state = Program.build(run_of(folder, mesh=CASES["mixed"]["mesh"],
+                                 optimizer=CASES["one_muon"]["optimizer"])).abstract_state
+    shards = {jax.tree_util.keystr(path): [list(leaf.shape), list(leaf.sharding.shard_shape(leaf.shape))]
               for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
     (folder / "shards.json").write_text(json.dumps(shards))
 

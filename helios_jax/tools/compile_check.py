@@ -103,12 +103,12 @@ def apply_change(values: dict[str, Any], change: str) -> None:
 def stand_in_data(values: Mapping[str, Any], size: tuple[int, int]) -> Iterator[tuple[dict[str, Any], str]]:
     """The run without what its step does not need: values and a note on what was replaced.
 
-    Samples and the model folder that makes them are dropped; a data folder that is not there is replaced by random
+    Samples, validation and the model folder for them are dropped; a data folder that is not there is replaced by random
     records of ``size`` (height and width in pixels) with captions of 512 rows.
     """
     values = {**values, "sample_every": 0, "objective": dict(values["objective"])}
     objective, notes = values["objective"], []
-    for field in ("model", "sample"):
+    for field in ("model", "sample", "validation"):
         objective.pop(field, None)
     with tempfile.TemporaryDirectory() as folder:
         if "data" in objective and not (Path(objective["data"]) / DATASET_FILE).is_file():
@@ -234,8 +234,7 @@ def remedies(run: RunConfig, chips: int) -> Iterator[tuple[str, ...]]:
     for factor in (2, 4, 8):
         if heads and heads % (sizes["context"] * sizes["tensor"] * factor) == 0 and batch_parts % factor == 0:
             yield (*[change for change in base if not change.startswith("mesh.")], "mesh.data=1",
-                   f"mesh.fsdp={batch_parts // factor}", f"mesh.tensor={sizes['tensor'] * factor}",
-                   f"accumulate={1 if run.batch_size % batch_parts else run.accumulate}")
+                   f"mesh.fsdp={batch_parts // factor}", f"mesh.tensor={sizes['tensor'] * factor}")
 
 
 def _devices(topology: str) -> tuple[Chip, list[Any]]:

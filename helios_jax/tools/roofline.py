@@ -13,8 +13,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -155,14 +153,9 @@ def collectives(hlo: str) -> dict[str, Collective]:
 
 
 def _result_bytes(result: str, is_start: bool) -> float:
-    """Bytes of a result type; the start of an asynchronous collective holds its operands besides."""
-    sizes = [_BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
-             for dtype, shape in _ARRAY.findall(result.split("{", 1)[0] if "(" not in result else result)]
-    if is_start and len(sizes) > 1:  # (operand, result, contexts): the result is the larger half of a gather
-        return max(sizes)
-    return sum(sizes)
-
-
-def trace(function: Any, *arguments: Any) -> Any:
-    """The jaxpr of a function for abstract arguments."""
-    return jax.make_jaxpr(function)(*arguments)
+    """Bytes of a result type. The start of an asynchronous gather or permutation holds its operands before them."""
+    arrays = [(dtype, [int(n) for n in shape.split(",") if n]) for dtype, shape in _ARRAY.findall(result)]
+    if is_start and result.startswith("("):
+        arrays = [(dtype, shape) for dtype, shape in arrays if shape]  # without the counters of a permutation
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in arrays)
