@@ -139,7 +139,7 @@ def collectives(hlo: str) -> dict[str, Collective]:
             found = _COLLECTIVE.search(line)
             if found:
                 totals[found[2]][0] += times
-                totals[found[2]][1] += times * _result_bytes(found[1], found[3] is not None)
+                totals[found[2]][1] += times * _result_bytes(found[1], found[3] and found[2] != "all-reduce")
                 continue
             trips = _TRIPS.search(line)
             for kind, several, one in _CALLED.findall(line):
@@ -152,10 +152,10 @@ def collectives(hlo: str) -> dict[str, Collective]:
     return {kind: Collective(int(count), size) for kind, (count, size) in sorted(totals.items())}
 
 
-def _result_bytes(result: str, is_start: bool) -> float:
-    """Bytes of a result type. The start of an asynchronous gather or permutation holds its operands before them."""
+def _result_bytes(result: str, holds_operands: bool) -> float:
+    """Bytes of a result type; the start of an asynchronous gather or permutation holds its operands in front."""
     arrays = [(dtype, [int(n) for n in shape.split(",") if n]) for dtype, shape in _ARRAY.findall(result)]
-    if is_start and result.startswith("("):
+    if holds_operands and result.startswith("("):
         arrays = [(dtype, shape) for dtype, shape in arrays if shape]  # without the counters of a permutation
         arrays = arrays[len(arrays) // 2 :]
     return sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in arrays)
