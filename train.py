@@ -104,8 +104,7 @@ def main(argv: list[str]) -> int:
     try:
         result = train(run, workdir, print_line=lambda line: print(line, flush=True))
     except distributed.ProcessLost as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(3)  # an orderly end would wait for the lost process
+        distributed.leave(str(error))
     return 130 if result.stopped_by == signal.SIGINT else 0
 
 

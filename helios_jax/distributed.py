@@ -10,6 +10,9 @@ import collections
 import contextlib
 import importlib.util
 import os
+import socket
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,7 +30,7 @@ END_SECONDS = 60
 
 
 class ProcessLost(UserError):
-    """Another process of the run ended. The runtime cannot go on or even shut down: leave with ``os._exit``."""
+    """Another process of the run ended. The runtime cannot go on or even shut down: :func:`leave`."""
 
 
 def detect_cluster(environment: Mapping[str, str]) -> str | None:
@@ -119,9 +122,7 @@ def losses_reported() -> Iterator[None]:
         is_runtime = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
         if jax.process_count() == 1 or not is_runtime:
             raise
-        raise ProcessLost(f"process {jax.process_index()} of {jax.process_count()} ends, because another process of "
-                          "the run was lost; the same command resumes from the newest checkpoint "
-                          f"({_first_line(error)})") from error
+        raise ProcessLost(_lost_message("another process", f" ({_first_line(error)})")) from error
 
 
 def wait_for_all(name: str) -> None:
@@ -130,6 +131,110 @@ def wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+_LEAVING = threading.Lock()
+
+
+def leave(message: str) -> None:
+    """Prints one line and ends this process at once with code 3; an orderly end would wait for the lost one."""
+    _LEAVING.acquire()  # for ever: whoever comes second has nothing to add
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+def _lost_message(who: str, detail: str = "") -> str:
+    return (f"process {jax.process_index()} of {jax.process_count()} ends, because {who} of the run was lost; the same "
+            f"command resumes from the newest checkpoint{detail}")
+
+
+@contextlib.contextmanager
+def peers_watched() -> Iterator[None]:
+    """Within it, the death of any process ends all of them at once with one line.
+
+    The runtime notices a dead process only where it communicates with it, or after ``HEARTBEAT_SECONDS``, and then
+    ends with pages of its own. So every process keeps a connection to the first one, which the operating system closes
+    when either end dies. Who leaves the context in order says so first. Where the connection cannot be made (a
+    firewall), the heartbeats remain.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    connections, ending = _connect(), threading.Event()
+    for peer, connection in connections.items():
+        threading.Thread(target=_watch, args=(peer, connection, ending), daemon=True).start()
+    orderly = False
+    try:
+        yield
+        orderly = True
+    finally:  # an error here ends the others, too
+        ending.set()
+        for connection in connections.values():
+            with contextlib.suppress(OSError):
+                if orderly:
+                    connection.sendall(_GOODBYE)
+                else:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+_GOODBYE = b"."
+_CONNECT_SECONDS = 30
+
+
+def _connect() -> dict[int, socket.socket]:
+    """Process -> connection: the first process has one to each other, the others one to the first."""
+    from jax.experimental import multihost_utils
+
+    server = None
+    address = np.zeros(256, np.uint8)
+    if jax.process_index() == 0:
+        server = socket.create_server(("", 0), backlog=jax.process_count())
+        server.settimeout(_CONNECT_SECONDS)
+        text = f"{_own_address()}:{server.getsockname()[1]}".encode()
+        address[: len(text)] = np.frombuffer(text, np.uint8)
+    address = np.asarray(multihost_utils.broadcast_one_to_all(address), np.uint8)
+    connections: dict[int, socket.socket] = {}
+    with contextlib.suppress(OSError, ValueError):  # without a connection the heartbeats remain
+        if server is None:
+            host, _, port = address.tobytes().rstrip(b"\0").decode().rpartition(":")
+            connections[0] = _kept_alive(socket.create_connection((host, int(port)), _CONNECT_SECONDS))
+            connections[0].sendall(jax.process_index().to_bytes(4, "big"))
+        while server is not None and len(connections) < jax.process_count() - 1:
+            connection = _kept_alive(server.accept()[0])
+            connections[int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")] = connection
+    if server is not None:
+        server.close()
+    return connections
+
+
+def _own_address() -> str:
+    """An address of this machine under which the others reach it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent: the system only chooses the outgoing interface
+            return probe.getsockname()[0]
+        except OSError:  # no network beyond this machine
+            return "localhost"
+
+
+def _kept_alive(connection: socket.socket) -> socket.socket:
+    """A machine that vanishes without a word is noticed after 50 seconds."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return connection
+
+
+def _watch(peer: int, connection: socket.socket, ending: threading.Event) -> None:
+    try:
+        said = connection.recv(1)
+    except OSError:
+        said = b""
+    # A mistake that all processes find is reported by each: its own words come first.
+    if said != _GOODBYE and not ending.wait(1.0):
+        leave(_lost_message(f"process {peer}"))
 
 
 class StopVote:

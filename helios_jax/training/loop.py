@@ -104,6 +104,11 @@ def train(run: RunConfig, workdir: str | Path, *, print_line: Callable[[str], No
       UserError: the folder cannot be used, holds another run or a damaged checkpoint; the mesh does not fit; the
         training diverged. ProcessLost: another process ended; there is nothing to do but to exit.
     """
+    with distributed.peers_watched():
+        return _train(run, workdir, print_line)
+
+
+def _train(run: RunConfig, workdir: str | Path, print_line: Callable[[str], None]) -> TrainResult:
     workdir = Path(workdir)
     is_first = jax.process_index() == 0
     if not is_first:
