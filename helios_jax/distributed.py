@@ -42,7 +42,8 @@ def detect_cluster(environment: Mapping[str, str]) -> str | None:
     """
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return "slurm"
-    several_workers = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    workers = environment.get("TPU_WORKER_HOSTNAMES", "")
+    several_workers = "," in workers and " " not in workers  # libtpu writes a sentence there where it knows no workers
     several_slices = int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1
     if several_workers or several_slices:
         return "tpu"
