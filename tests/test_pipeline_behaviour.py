@@ -23,6 +23,7 @@ from helios_jax.convert.rules import leaves
 from helios_jax.convert.safetensors_io import write_safetensors
 from helios_jax.diffusion.noise import SeededNoise, TorchGeneratorNoise
 from helios_jax.errors import UserError
+from helios_jax.pipeline import pipeline as pipeline_module
 from helios_jax.pipeline.pipeline import HeliosPipeline
 from helios_jax.pipeline.prompts import PromptTrack, blend_weight, rows_needed, with_rows
 from helios_jax.text import PromptEmbedding
@@ -209,6 +210,14 @@ def test_videos_in_one_program_differ_by_rounding_only(base):
     alone = list(base.stream(PROMPTS[:2], **SMALL))
     for a, b in zip(together, alone, strict=True):
         assert np.abs(a.latents - b.latents).max() < 1e-5 * np.ptp(b.latents)  # measured: 5e-7
+
+
+def test_a_chunk_too_large_to_decode_whole_is_decoded_in_steps_to_the_same_frames(base, folders, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "WHOLE_DECODE_BYTES", 0)
+    in_steps = HeliosPipeline.from_pretrained(folders["base"])
+    for a, b in zip(in_steps.stream(PROMPTS[0], **SMALL), base.stream(PROMPTS[0], **SMALL), strict=True):
+        np.testing.assert_array_equal(a.latents, b.latents)
+        assert np.abs(a.frames - b.frames).max() < 1e-5
 
 
 def test_the_number_of_devices_changes_rounding_only(base, folders, tmp_path):

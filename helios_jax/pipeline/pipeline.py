@@ -25,7 +25,7 @@ from helios_jax.errors import UserError
 from helios_jax.lora import adapter_tree, merge, read_lora
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.umt5 import UMT5Encoder
-from helios_jax.models.vae import WanVAE, denormalize_latents, normalize_latents, posterior_sample
+from helios_jax.models.vae import WanVAE, decode_in_steps, denormalize_latents, normalize_latents, posterior_sample
 from helios_jax.pipeline import request as check
 from helios_jax.pipeline.conditioning import Condition, ConditionEncoder
 from helios_jax.pipeline.prompts import PromptChange, PromptTrack, checked_schedule, rows_needed, with_rows
@@ -317,14 +317,7 @@ def _decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
     if b * frames * 64 * h * w * vae.config.base_dim * z.dtype.itemsize <= WHOLE_DECODE_BYTES or t == 1:
         video = vae.apply({"params": params}, z, method=WanVAE.decode)
     else:
-        def one_frame(cache, frame):
-            rgb, cache = vae.apply({"params": params}, frame[:, None], cache, method=WanVAE.decode_step)
-            return cache, rgb
-
-        first, cache = vae.apply({"params": params}, z[:, :1], None, method=WanVAE.decode_step)
-        _, rest = jax.lax.scan(one_frame, cache, z[:, 1:].swapaxes(0, 1))  # [T-1, B, 4, H, W, 3]
-        rest = rest.swapaxes(0, 1).reshape(b, -1, *rest.shape[3:])  # [B, 4 (T-1), H, W, 3]
-        video = jnp.concatenate([first, rest], axis=1)
+        video = decode_in_steps(vae, params, z)
     return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
 
 

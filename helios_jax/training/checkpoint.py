@@ -9,8 +9,7 @@ parameters without the optimizer:
     data        the position of every process in its data
 
 A step folder appears under its final name only when it is complete (Orbax writes it under a temporary name and then
-renames it), so a process killed in the middle of a save leaves the older checkpoints whole. This is the only file
-that imports Orbax.
+renames it), so a process killed in the middle of a save leaves the older checkpoints whole.
 """
 
 from __future__ import annotations

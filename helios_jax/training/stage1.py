@@ -129,7 +129,7 @@ class Config:
                 f"objective.export_dtype: 'float32', 'float16' or 'bfloat16', got {self.export_dtype!r}")
         require(self.timesteps in ("logit_normal", "uniform"),
                 f"objective.timesteps: 'logit_normal' or 'uniform', got {self.timesteps!r}")
-        require(0 < self.timestep_shift, f"objective.timestep_shift: must be positive, got {self.timestep_shift}")
+        require(self.timestep_shift > 0, f"objective.timestep_shift: must be positive, got {self.timestep_shift}")
         require(0 <= self.caption_dropout <= 1, f"objective.caption_dropout: in [0, 1], got {self.caption_dropout}")
         require(self.unroll >= 0, f"objective.unroll: 0 or more, got {self.unroll}")
         require(self.threads > 0, f"objective.threads: must be positive, got {self.threads}")

@@ -16,6 +16,7 @@ from helios_jax.config import ModelIndex, SchedulerConfig, TransformerConfig
 from helios_jax.convert.export import export_pipeline
 from helios_jax.convert.folder import ModelFolder, read_component_config
 from helios_jax.convert.load import load_component
+from helios_jax.convert.rules import param_dtype
 from helios_jax.data import reader, shapes
 from helios_jax.pipeline.pipeline import HeliosPipeline
 
@@ -103,14 +104,16 @@ def make_export(folder: ModelFolder, dtype: str) -> Callable[[PyTree, str], None
 
     Args:
       folder: of :func:`base_folder`.
-      dtype: 'float32', 'float16' or 'bfloat16', of the stored transformer. VAE and text encoder keep the dtypes in
-        which they are stored.
+      dtype: 'float32', 'float16' or 'bfloat16', of the stored transformer; the parameters that the original keeps in
+        float32 stay so. VAE and text encoder keep the dtypes in which they are stored.
     """
 
     def export(params: PyTree, out: str) -> None:
         components = {name: load_component(folder.root / name, name, folder.config(name))
                       for name in ("vae", "text_encoder")}
-        params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), params)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: np.asarray(leaf).astype(
+                param_dtype("transformer", tuple(key.key for key in path), jnp.dtype(dtype))), params)
         configs = {name: folder.config(name) for name in ("transformer", "vae", "text_encoder")}
         export_pipeline(out, {"transformer": params, **components}, configs, index=folder.index,
                         scheduler=folder.scheduler, tokenizer=folder.tokenizer, overwrite=True)

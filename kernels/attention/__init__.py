@@ -1,6 +1,7 @@
 """Attention over the compacted sequence of one chunk, and cross-attention over the prompt."""
 
 from kernels.attention.api import HistoryKeysValues, compacted_attention, cross_attention, prepare_history
+from kernels.attention.context_parallel import context_parallel
 from kernels.attention.dispatch import attend, explain
 from kernels.attention.prologue import rms_norm_heads
 from kernels.attention.segments import Packing, Segments, pack
@@ -11,6 +12,7 @@ __all__ = [
     "Segments",
     "attend",
     "compacted_attention",
+    "context_parallel",
     "cross_attention",
     "explain",
     "pack",

@@ -1,8 +1,8 @@
 """The variants of the core attention and the choice between them.
 
-Every variant is a module of this package with one function of the contract of
-:func:`kernels.attention.reference.attention`. It raises ``NotImplementedError`` with its reason when it cannot serve a
-call; the dispatch then tries the next of its device's order. A variant asked for by name fails loudly instead.
+Every variant is a function of the contract of :func:`kernels.attention.reference.attention`. It raises
+``NotImplementedError`` with its reason when it cannot serve a call; the dispatch then tries the next of its device's
+order. A variant asked for by name fails loudly instead.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from kernels.attention.device import Device, current_device
 Array = jax.Array
 Core = Callable[..., Array | tuple[Array, Array]]
 
-# name -> module, imported when first tried: a kernel's compiler front end is not loaded on other devices.
+# name -> "module:function", imported when first tried: a kernel's front end is not loaded on other devices.
 VARIANTS: dict[str, str] = {
-    "per_head": "kernels.attention.per_head",
-    "cudnn": "kernels.attention.cudnn",
-    "xla": "kernels.attention.reference",
+    "per_head": "kernels.attention.per_head:attention",
+    "cudnn": "kernels.attention.cudnn:attention",
+    "mosaic_gpu": "kernels.attention.gpu:attention",
+    "mosaic_gpu_interpret": "kernels.attention.gpu:interpreted",
+    "mosaic_tpu": "kernels.attention.tpu:attention",
+    "mosaic_tpu_interpret": "kernels.attention.tpu:interpreted",
+    "xla": "kernels.attention.reference:attention",
 }
 
 
@@ -42,7 +46,7 @@ class Order(NamedTuple):
     measured: str | None
 
 
-# The first entry that fits the device decides. Names that are not among VARIANTS are left out.
+# The first entry that fits the device decides.
 ORDERS: tuple[Order, ...] = (
     Order("cpu", "", ("per_head", "xla"), "two Zen 5 cores: see per_head.py"),
     Order("tpu", "", ("mosaic_tpu", "xla"), None),
@@ -60,10 +64,10 @@ class Explanation(NamedTuple):
 
 
 def order_for(device: Device) -> tuple[str, ...]:
-    """The registered variants that the dispatch tries on a device, in order."""
+    """The variants that the dispatch tries on a device, in order."""
     for entry in ORDERS:
         if entry.platform == device.platform and entry.kind in device.kind:
-            return tuple(name for name in entry.variants if name in VARIANTS)
+            return entry.variants
     return FALLBACK
 
 
@@ -71,7 +75,8 @@ def variant(name: str) -> Core:
     """The core function of a variant."""
     if name not in VARIANTS:
         raise UserError(f"attention implementation: one of {', '.join(VARIANTS)}, got {name!r}")
-    return importlib.import_module(VARIANTS[name]).attention
+    module, function = VARIANTS[name].split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def attend(

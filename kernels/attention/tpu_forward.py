@@ -1,0 +1,215 @@
+"""Forward attention kernel for TPUs (Pallas, Mosaic).
+
+One program computes a block of queries of one head. The keys and values of the head stay in VMEM for all its query
+blocks, so they are read from HBM once, and a length that no tile divides needs neither padding nor masks: the last
+inner step is a static slice of its own size.
+
+Scores are held transposed, [keys, queries]: the running maximum and sum are then rows along the lanes, and reducing
+over keys is elementwise work on registers instead of work across lanes.
+
+Softmax without a running maximum
+---------------------------------
+Any number may be subtracted from a row's logits as long as float32 holds what is left. By Cauchy-Schwarz no logit of a
+query exceeds M = scale * |q| * max|k|. Subtracting M needs no maximum over the scores and never rescales the sums. What
+can go wrong is that M lies far above the true maximum m: then every weight underflows. The largest logit is at least
+the mean one, scale * q.mean(k), so M - m is at most G = M - scale * q.mean(k), known before the first score.
+
+All in powers of two: weights are 2^(logit - M + SHIFT). They are at most 2^64, so that the sum over 2^16 keys times
+values below 2^16 stays below 2^96: no overflow. The largest is at least 2^(64 - G). A weight that matters is at least
+2^-40 of the largest (2^16 of them together make up 2^-24 of the sum, one float32 rounding); it is a normal float32, at
+least 2^-126, when G <= 126 + 64 - 40 = 150 = ``LARGEST_GAP``. A block with a query beyond it takes the running maximum.
+
+A bound per query is needed. RMS norm spans all N heads together, so a single head may hold the norm of all N * D
+channels: the bound without looking at q is scale * N * D * max(w)^2, for 40 heads of 128 and weights of 1 that is 653
+powers of two, far beyond the limit. The history's key scale, up to 10, multiplies it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.attention.tpu_tiles import KEY_MULTIPLE, LANES, forward_bytes, split
+
+LOG2_E = math.log2(math.e)
+# Below every logit and finite, so that exp2(lowest - lowest) is 1 and never NaN.
+LOWEST = float(jnp.finfo(jnp.float32).min)
+SHIFT = 64.0
+LARGEST_GAP = 150.0
+# |q|, |k| and the logits are rounded to float32 on the way, and sums of 128 squares by a few units more.
+SLACK = 1 + 2.0**-16
+
+
+def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
+    """float32 inputs get float32 products; bfloat16 products are exact in the float32 accumulator anyway."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Product of two matrices contracted over ``axes``, float32 result."""
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision_of(a.dtype),
+                               preferred_element_type=jnp.float32)
+
+
+def scores(k: jax.Array, q: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """k [rows, D], q [columns, D], bias [rows, 1] -> logits in units of log 2, float32 [rows, columns]."""
+    logits = dot(k, q, (1, 1)) * (q.shape[-1] ** -0.5 * LOG2_E)
+    return logits if bias is None else logits + bias * LOG2_E
+
+
+def columns_of_last(length: int, block: int) -> tuple[int, int]:
+    """(queries of the last block, the same rounded up to whole registers, which is what is computed)."""
+    rest = length - (pl.cdiv(length, block) - 1) * block
+    return rest, min(-(-rest // LANES) * LANES, block)
+
+
+def keys_summary(k: jax.Array, size: int) -> jax.Array:
+    """k [B, K, N*D] -> [B*N, D, 2] float32: the mean key, and in every entry of the other column max|k|."""
+    batch, keys, width = k.shape
+    k = k.astype(jnp.float32).reshape(batch, keys, width // size, size)
+    longest = jnp.sqrt(jnp.square(k).sum(-1).max(1))  # [B, N]
+    mean = k.mean(1)  # [B, N, D]
+    summary = jnp.stack([mean, jnp.broadcast_to(longest[..., None], mean.shape)], axis=-1)
+    return summary.reshape(-1, size, 2)
+
+
+def bound_and_gap(q: jax.Array, summary: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """q [rows, D], summary [D, 2] -> M and G of every query as in the module's docstring, float32 [1, rows] each."""
+    unit = q.shape[-1] ** -0.5 * LOG2_E
+    q = q.astype(jnp.float32).T  # [D, rows]: sums over D are then sums over sublanes
+    bound = jnp.sqrt((q * q).sum(0, keepdims=True)) * summary[0:1, 1:2] * (unit * SLACK)
+    mean = (q * summary[:, 0:1]).sum(0, keepdims=True) * unit
+    return bound, bound - mean
+
+
+def _kernel(*refs, queries: int, step: int, with_bias: bool, bounded: bool):
+    """q_ref, out_ref: [block, D]; k_ref, v_ref: [K, D]; bias_ref [K, 1] or summary_ref [D, 2]; lse_ref: [1, block]."""
+    q_ref, k_ref, v_ref, *extra, out_ref, lse_ref, top_ref, total_ref, sum_ref = refs
+    keys, block = k_ref.shape[0], q_ref.shape[0]
+    whole, rest = divmod(keys, step)
+
+    def over_keys(inner) -> None:
+        jax.lax.fori_loop(0, whole, lambda j, _: inner(pl.multiple_of(j * step, step), step), None)
+        if rest:
+            inner(whole * step, rest)
+
+    def program(valid: int, columns: int) -> None:
+        here = slice(0, columns)
+        total_ref[:, here] = jnp.zeros((1, columns), jnp.float32)
+        sum_ref[:, here] = jnp.zeros((sum_ref.shape[0], columns), jnp.float32)
+
+        def with_running_maximum(start, rows: int) -> None:
+            window = pl.ds(start, rows)
+            bias = extra[0][window, :] if with_bias else None
+            logits = scores(k_ref[window, :], q_ref[here, :], bias)  # [rows, columns]
+            old = top_ref[:, here]
+            top = jnp.maximum(old, logits.max(0, keepdims=True))
+            weights = jnp.exp2(logits - top)
+            shrink = jnp.exp2(old - top)
+            top_ref[:, here] = top
+            total_ref[:, here] = total_ref[:, here] * shrink + weights.sum(0, keepdims=True)
+            v = v_ref[window, :]
+            product = dot(v, weights.astype(v.dtype), (0, 0))  # [D, columns]
+            sum_ref[:, here] = sum_ref[:, here] * shrink + product
+
+        def with_bound(start, rows: int) -> None:
+            window = pl.ds(start, rows)
+            weights = jnp.exp2(scores(k_ref[window, :], q_ref[here, :], None) - top_ref[:, here])
+            total_ref[:, here] += weights.sum(0, keepdims=True)
+            v = v_ref[window, :]
+            sum_ref[:, here] += dot(v, weights.astype(v.dtype), (0, 0))
+
+        def run_with_maximum() -> None:
+            top_ref[:, here] = jnp.full((1, columns), LOWEST, jnp.float32)
+            over_keys(with_running_maximum)
+
+        if bounded:
+            bound, gap = bound_and_gap(q_ref[here, :], extra[0][...])
+            if valid < columns:  # what lies beyond the last query must not decide, or two runs could differ
+                gap = jnp.where(jax.lax.broadcasted_iota(jnp.int32, gap.shape, 1) < valid, gap, 0.0)
+            fits = gap.max() <= LARGEST_GAP
+
+            @pl.when(fits)
+            def _():
+                top_ref[:, here] = bound - SHIFT
+                over_keys(with_bound)
+
+            pl.when(jnp.logical_not(fits))(run_with_maximum)  # also where the gap is not a number
+        else:
+            run_with_maximum()
+        total = total_ref[:, here]
+        out_ref[here, :] = (sum_ref[:, here] / total).T.astype(out_ref.dtype)
+        lse_ref[:, here] = top_ref[:, here] / LOG2_E + jnp.log(total)
+
+    last = pl.num_programs(1) - 1
+    rest_of_queries, tail = columns_of_last(queries, block)
+    if rest_of_queries == block:
+        program(block, block)
+    else:
+        pl.when(pl.program_id(1) < last)(functools.partial(program, block, block))
+        pl.when(pl.program_id(1) == last)(functools.partial(program, rest_of_queries, tail))
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    *,
+    size: int,
+    tile: tuple[int, int],
+    out_dtype: jnp.dtype,
+    bounded: bool = False,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of every head.
+
+    Args:
+      q: [B, S, N*D]; k, v: [B, K, N*D]; bias: [B, K, 1] float32 or None. N is 1 unless D is a multiple of 128.
+      size: D. tile: (queries of one program, keys of one inner step), upper bounds.
+      bounded: use the bound of the module's docstring where it holds; without effect where there is a bias.
+      interpret: as for ``pl.pallas_call``.
+    Returns: [B, S, N*D] in ``out_dtype`` and the log-sum-exp [B*N, 1, S] float32.
+    """
+    batch, queries, width = q.shape
+    keys, heads = k.shape[1], width // size
+    block, step = split(queries, tile[0], LANES), split(keys, tile[1], KEY_MULTIPLE)
+
+    def rows_of(index):  # [B, rows, N*D] -> the rows of block `index(i)` of one head
+        return lambda program, i: (program // heads, index(i), program % heads)
+
+    in_specs = [pl.BlockSpec((None, block, size), rows_of(lambda i: i)),
+                pl.BlockSpec((None, keys, size), rows_of(lambda i: 0)),
+                pl.BlockSpec((None, keys, size), rows_of(lambda i: 0))]
+    operands = [q, k, v]
+    if bias is not None:
+        in_specs.append(pl.BlockSpec((None, keys, 1), lambda program, i: (program // heads, 0, 0)))
+        operands.append(bias)
+    elif bounded:
+        in_specs.append(pl.BlockSpec((None, size, 2), lambda program, i: (program, 0, 0)))
+        operands.append(keys_summary(k, size))
+    vmem = forward_bytes(keys, (block, step), q.dtype.itemsize, bias is not None)
+    score_flops = 4 * batch * heads * queries * keys * size
+    return pl.pallas_call(
+        functools.partial(_kernel, queries=queries, step=step, with_bias=bias is not None,
+                          bounded=bounded and bias is None),
+        grid=(batch * heads, pl.cdiv(queries, block)),
+        in_specs=in_specs,
+        out_specs=[pl.BlockSpec((None, block, size), rows_of(lambda i: i)),
+                   pl.BlockSpec((None, 1, block), lambda program, i: (program, 0, i))],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, out_dtype),
+                   jax.ShapeDtypeStruct((batch * heads, 1, queries), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((1, block), jnp.float32), pltpu.VMEM((1, block), jnp.float32),
+                        pltpu.VMEM((size, block), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"),
+                                             vmem_limit_bytes=vmem + vmem // 4 + (4 << 20)),
+        cost_estimate=pl.CostEstimate(flops=score_flops, transcendentals=batch * heads * queries * keys,
+                                      bytes_accessed=2 * (q.nbytes + k.nbytes)),
+        interpret=interpret,
+        name="attention_forward",
+    )(*operands)
