@@ -167,7 +167,11 @@ def check(program: Program, batch: PyTree) -> Report:
 
 
 def step_flops(program: Program, batch: PyTree) -> tuple[float, float]:
-    """Operations of one step on all chips: as it is computed, and without what rematerialisation computes again."""
+    """Operations of one step on all chips: as it is computed, and without what rematerialisation computes again.
+
+    Attention is counted as its CPU variant computes it: like the kernels, it computes its weights again for the
+    gradient, and that counts in both numbers.
+    """
 
     def count(run: RunConfig, objective: Any) -> float:
         step = make_step(run, objective, program.optimizer, program.trainable)
