@@ -1,6 +1,6 @@
 """Trains one small model in several layouts on eight CPU devices, in a process of its own; see test_sharding.py.
 
-    python mesh_worker.py FOLDER   writes FOLDER/<case>/metrics.jsonl and FOLDER/shards.json
+    python mesh_worker.py FOLDER CASE...   writes FOLDER/<case>/metrics.jsonl and FOLDER/shards.json
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def run_of(folder: Path, remat: str | None = None, **changes):
     return run_config(config)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cases: list[str]) -> None:
     def report(line: str) -> None:
         print(line, flush=True)
 
-    for name, changes in CASES.items():
-        train(run_of(folder, **changes), folder / name, print_line=report)
-    # The same run goes on from its checkpoint on another mesh.
-    train(run_of(folder, mesh=CASES["mixed"]["mesh"], num_steps=7), folder / "context", print_line=report)
+    for name in cases:
+        train(run_of(folder, **CASES[name]), folder / name, print_line=report)
+    if "context" in cases:  # the same run goes on from its checkpoint on another mesh
+        train(run_of(folder, mesh=CASES["mixed"]["mesh"], num_steps=7), folder / "context", print_line=report)
 
     state = Program.build(run_of(folder, mesh=CASES["mixed"]["mesh"],
                                  optimizer=CASES["one_muon"]["optimizer"])).abstract_state
@@ -59,4 +59,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

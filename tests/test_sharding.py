@@ -29,26 +29,37 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A folder with the metrics of every case of mesh_worker.py."""
-    folder = tmp_path_factory.mktemp("meshes")
+def run_cases(folder: Path, *cases: str) -> Path:
+    """Trains the cases of mesh_worker.py in a process of its own."""
     write_random_latents(folder / "latents", clips=12, sections=3, height=8, width=8, channels=4, text_rows=5,
                          text_dim=6)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "tests/mesh_worker.py", str(folder)], cwd=ROOT, env=environment,
+    done = subprocess.run([sys.executable, "tests/mesh_worker.py", str(folder), *cases], cwd=ROOT, env=environment,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-@pytest.mark.parametrize(("case", "reference"), [
-    ("data", "one"), ("fsdp_muon", "one_muon"), ("mixed", "one"), ("context", "one"), ("parts", "one")])
-def test_losses_on_a_mesh_are_those_of_one_device(trained, case, reference):
-    expected, found = losses(trained / reference), losses(trained / case)
+def assert_equal_losses(folder: Path, reference: str, case: str) -> None:
+    expected, found = losses(folder / reference), losses(folder / case)
     np.testing.assert_allclose([found[step] for step in range(1, 6)], [expected[step] for step in range(1, 6)],
                                rtol=0, atol=1e-5)
     assert expected[1] != expected[5]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return run_cases(tmp_path_factory.mktemp("meshes"), "one", "data", "mixed", "context", "parts")
+
+
+@pytest.mark.parametrize("case", ["data", "mixed", "context", "parts"])
+def test_losses_on_a_mesh_are_those_of_one_device(trained, case):
+    assert_equal_losses(trained, "one", case)
+
+
+@pytest.mark.slow
+def test_muon_on_a_mesh_gives_the_losses_of_one_device(tmp_path):
+    assert_equal_losses(run_cases(tmp_path, "one_muon", "fsdp_muon"), "one_muon", "fsdp_muon")
 
 
 def test_a_checkpoint_is_continued_on_another_mesh(trained):

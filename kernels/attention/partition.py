@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from helios_jax.errors import UserError
 
@@ -54,7 +54,8 @@ def per_device(attend: Callable[..., Any], q: Array, k: Array, v: Array, bias: A
       UserError: the heads do not divide over the devices.
     """
     current = _CURRENT.get()
-    if current is None or current.mesh.size == 1:
+    inside = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types  # another shard_map divided the arrays
+    if current is None or current.mesh.size == 1 or inside:
         return attend(q, k, v, bias)
     shape = current.mesh.shape
     parts = math.prod(shape[axis] for axis in current.heads)
