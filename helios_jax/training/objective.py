@@ -65,7 +65,7 @@ class Objective:
         outside it have no optimizer state and never change.
       load_params: ``load_params(abstract_params) -> params``: start values from elsewhere (a converted checkpoint, an
         earlier stage) instead of ``init_params``; called only when the run starts afresh. The leaves' ``.sharding``
-        says where each parameter shall lie.
+        says where each parameter shall lie. The loop gives the arrays away: nobody else may hold them.
       per_sample_keys: the loss also takes one key per sample in place of ``key`` (see :func:`sample_keys`), so that a
         batch computed in parts draws the same numbers as a whole one.
       sample: ``sample(params, step) -> {name: uint8 [F, H, W, 3]}``: videos to look at, from the EMA parameters if
