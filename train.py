@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from typing import NamedTuple
 
 from helios_jax.errors import UserError, command_line
 
@@ -18,15 +19,29 @@ USAGE = """usage: python train.py --config configs/FILE.py --workdir DIR [--conf
   --config FILE         a file of configs/; its first lines say what it trains, for how long and on what
   --config.KEY=VALUE    changes one value, for example --config.optimizer.learning_rate=3e-4
   --workdir DIR         receives checkpoints, metrics.jsonl, TensorBoard files, sample videos and the exported model
+  --config.mesh.fsdp=-1 divides the run over all devices; also data, context, tensor (where the file lists them)
+
+Many processes: Cloud TPU, GKE and Slurm need no flags (docs/pods.md); elsewhere every process is told
+  --coordinator H:P     address of the first process
+  --num_processes N     how many there are
+  --process_id I        which one this is, from 0
 
 The same command resumes an interrupted run. SIGTERM and Ctrl-C save a checkpoint and stop; a second Ctrl-C stops
 at once."""
 
 
-def parse_arguments(argv: list[str]):
-    """The configuration and the work folder from the command line.
+class Processes(NamedTuple):
+    """The flags about other processes, see :func:`helios_jax.distributed.initialise`; None where absent."""
 
-    Returns: (RunConfig, str).
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+def parse_arguments(argv: list[str]):
+    """The configuration, the work folder and the other processes from the command line.
+
+    Returns: (RunConfig, str, Processes).
     Raises:
       UserError: an unknown flag or key, a missing or broken config file, a wrong value.
     """
@@ -39,6 +54,9 @@ def parse_arguments(argv: list[str]):
     config = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True,
                                              flag_values=known)
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=known)
+    coordinator = flags.DEFINE_string("coordinator", None, "host:port of the first process.", flag_values=known)
+    num_processes = flags.DEFINE_integer("num_processes", None, "Processes of the run.", flag_values=known)
+    process_id = flags.DEFINE_integer("process_id", None, "Number of this process.", flag_values=known)
     try:
         rest = known(argv)
         values = None if config.value is None else config.value.to_dict()
@@ -50,7 +68,7 @@ def parse_arguments(argv: list[str]):
         raise UserError("--config: required; a file of configs/, for example --config configs/tiny_stage1.py")
     if not workdir.value:
         raise UserError("--workdir: required; the folder that receives the run")
-    return run_config(values), workdir.value
+    return run_config(values), workdir.value, Processes(coordinator.value, num_processes.value, process_id.value)
 
 
 def _reason(error: Exception, argv: list[str]) -> str:
@@ -77,11 +95,16 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1 and argv[1] in ("--help", "-h", "-help", "--helpfull"):
         print(USAGE)
         return 0
-    run, workdir = parse_arguments(argv)
+    run, workdir, processes = parse_arguments(argv)
 
+    from helios_jax import distributed
     from helios_jax.training.loop import train
 
-    result = train(run, workdir, print_line=lambda line: print(line, flush=True))
+    distributed.initialise(*processes)
+    try:
+        result = train(run, workdir, print_line=lambda line: print(line, flush=True))
+    except distributed.ProcessLost as error:
+        distributed.leave(str(error))
     return 130 if result.stopped_by == signal.SIGINT else 0
 
 

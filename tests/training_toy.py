@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helios_jax.data.pipeline import batches
 from helios_jax.training.config import RunConfig, require
 from helios_jax.training.objective import Objective
 
@@ -51,9 +52,8 @@ def build(run: RunConfig) -> Objective:
         time.sleep(config.step_sleep / run.batch_size)
         return {"x": item["x"] + 0.01 * rng.standard_normal(config.width).astype(np.float32)}
 
-    dataset = (grain.MapDataset.source(_Source(config)).seed(run.seed).shuffle().repeat().random_map(jitter)
-               .batch(run.batch_size, drop_remainder=True)
-               .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    items = grain.MapDataset.source(_Source(config)).seed(run.seed).shuffle().repeat().random_map(jitter)
+    dataset = batches(items, run.batch_size, threads=2)
     truth = np.random.default_rng(7).standard_normal((config.width, config.width)).astype(np.float32)
 
     def init_params(key: jax.Array) -> dict:

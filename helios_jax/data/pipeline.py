@@ -2,8 +2,8 @@
 
 Both yield dicts of numpy arrays with the batch as leading axis, without end, and their iterators can save and restore
 their position (``get_state``, ``set_state``). Every random choice belongs to one item and one epoch: the same seed
-gives the same stream, whatever the number of reader threads, and no two epochs show an item in the same way. (The
-original's loader never told its workers the epoch, so a clip kept one section for the whole run.)
+gives the same stream, whatever the number of reader threads and of processes, and no two epochs show an item in the
+same way. (The original's loader never told its workers the epoch, so a clip kept one section for the whole run.)
 """
 
 from __future__ import annotations
@@ -20,11 +20,46 @@ from helios_jax.data import shapes
 from helios_jax.data.records import LatentRecord, decode_record
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
+from helios_jax.sharding import local_rows
 
 # Clips of different seeds must not overlap: a run with seed s draws the clips s * 2^32 + 0, 1, 2, ...
 _CLIPS_PER_SEED = 2**32
 DATASET_FILE = "dataset.json"
 EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
+
+
+class _RowsOfBatches(grain.transforms.DatasetSelectionMap):
+    """Item n of a process: its row n mod R of the global batch n div R, where R rows are its own."""
+
+    def __init__(self, rows: np.ndarray, batch_size: int, num_items: int):
+        self._rows, self._batch_size = rows, batch_size
+        self._length = num_items // batch_size * len(rows)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, row = divmod(index, len(self._rows))
+        return 0, batch * self._batch_size + int(self._rows[row])
+
+
+def batches(items: grain.MapDataset, batch_size: int, threads: int) -> grain.IterDataset:
+    """Batches of an endless stream of items; with several processes, this process' rows of each.
+
+    Row r of batch b is item b * batch_size + r, whichever process reads it, and the position in the stream is the
+    number of batches: it does not depend on the processes either.
+
+    Args:
+      items: without end.
+      batch_size: of the global batch.
+      threads: that read ahead.
+    """
+    rows = local_rows(batch_size)
+    if rows is not None:
+        items = grain.MapDataset.select_from_datasets([items], _RowsOfBatches(rows, batch_size, len(items)))
+    size = batch_size if rows is None else len(rows)
+    return (items.batch(size, drop_remainder=True)
+            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
 def clip_dataset(batch_size: int, seed: int, *, frames: int = 33, height: int = shapes.HEIGHT,
@@ -54,8 +89,7 @@ def clip_dataset(batch_size: int, seed: int, *, frames: int = 33, height: int = 
         attributes = [names.index(values[field]) for field, names in shapes.ATTRIBUTE_VALUES.items()]
         return {"video": clip.frames, "attributes": np.array(attributes, np.int32)}
 
-    return (grain.MapDataset.range(_CLIPS_PER_SEED).map(render).batch(batch_size, drop_remainder=True)
-            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    return batches(grain.MapDataset.range(_CLIPS_PER_SEED).map(render), batch_size, threads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +222,5 @@ def latent_dataset(root: str | Path, batch_size: int, seed: int, layout: History
     def item(serialised: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return training_item(decode_record(serialised), rng, layout, folder.text_rows)
 
-    return (grain.MapDataset.source(folder.source()).seed(seed).shuffle().repeat().random_map(item)
-            .batch(batch_size, drop_remainder=True)
-            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    items = grain.MapDataset.source(folder.source()).seed(seed).shuffle().repeat().random_map(item)
+    return batches(items, batch_size, threads)

@@ -24,6 +24,7 @@ from helios_jax.config import TransformerConfig
 from helios_jax.models.inputs import FrameIndices, History
 from helios_jax.models.layers import Linear, gelu, layer_norm, low_rank, matmul_float32, silu
 from helios_jax.models.rope import rotary_tables
+from helios_jax.sharding import constrain
 from kernels.attention import compacted_attention, cross_attention, rms_norm_heads
 
 Array = jax.Array
@@ -224,7 +225,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = GeluProjection(self.hidden, self.dtype, name="net_0")(x)
+        x = constrain(GeluProjection(self.hidden, self.dtype, name="net_0")(x), "batch", "sequence", "hidden")
         return Linear(self.dim, dtype=self.dtype, kernel_axes=("mlp", "embed"), name="net_2")(x)
 
 
@@ -278,6 +279,7 @@ class Block(nn.Module):
           history_length: number of history tokens at the front.
         Returns: [B, S, C].
         """
+        x = constrain(x, "batch", "sequence", None)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._per_token(modulation, x.shape[1], history_length)
 
         y = layer_norm(x, self.config.eps) * (1 + scale1) + shift1
@@ -297,7 +299,8 @@ class Block(nn.Module):
 
         y = layer_norm(x, self.config.eps) * (1 + scale2) + shift2
         y = self.ffn(y.astype(self.dtype))
-        return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate2).astype(self.dtype)
+        x = (x.astype(jnp.float32) + y.astype(jnp.float32) * gate2).astype(self.dtype)
+        return constrain(x, "batch", "sequence", None)
 
     def _per_token(self, modulation: Segments, length: int, history_length: int) -> list[Array]:
         """Six float32 vectors that broadcast over [B, S, C]; a select per token, which XLA fuses away."""

@@ -64,13 +64,20 @@ class Checkpointer:
     def restore(self, step: int, abstract_items: dict[str, PyTree], data_iterator: Any) -> dict[str, PyTree]:
         """The saved items with the structure, dtypes and shardings asked for; sets the data position.
 
+        The mesh and the number of processes may be others than those that saved.
+
         Raises:
           UserError: the checkpoint is damaged or has other parameters than ``abstract_items``.
         """
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_items.items()}
+        folder = Path(self._manager.directory) / str(step) / "data"
+        same_processes = (folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json").exists()
+        if same_processes:
+            args["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**args, data=grain.checkpoint.CheckpointRestore(data_iterator)))
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            if not same_processes:  # the position is a number of batches, the same in every file
+                data_iterator.set_state(json.loads(next(folder.glob("process_*.json")).read_text(encoding="utf-8")))
         except Exception as error:  # Orbax raises many kinds for damaged and for foreign files
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"checkpoint {self._manager.directory / str(step)} cannot be restored: it is damaged or "
@@ -139,7 +146,7 @@ def guard_config(workdir: str | Path, config: RunConfig) -> None:
     Raises:
       UserError: naming every changed key with both values.
     """
-    path = Path(workdir) / "config.json"
+    path = Path(workdir) / "config.json"  # read by all processes, written by the first
     current = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
     if path.exists():
         try:
@@ -152,6 +159,8 @@ def guard_config(workdir: str | Path, config: RunConfig) -> None:
         if changed:
             raise UserError(f"{workdir} holds a run with another configuration: {'; '.join(changed)}; use another "
                             "--workdir or the old values")
+    if jax.process_index() != 0:
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)

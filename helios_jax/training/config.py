@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from helios_jax.errors import UserError
+from helios_jax.sharding import MeshConfig
 
 T = TypeVar("T")
 
@@ -66,8 +67,9 @@ class OptimizerConfig:
                 f"optimizer.muon_newton_schulz_steps: must be positive, got {self.muon_newton_schulz_steps}")
 
 
-# Fields that do not change what is computed: a resumed run may have other values of these.
-HARMLESS_ON_RESUME = ("log_every", "checkpoint_every", "keep_last", "keep_every", "sample_every", "tensorboard")
+# Fields that do not change what is computed, or by rounding only: a resumed run may have other values of these.
+HARMLESS_ON_RESUME = ("log_every", "checkpoint_every", "keep_last", "keep_every", "sample_every", "tensorboard",
+                      "mesh", "accumulate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +79,15 @@ class RunConfig:
     Attributes:
       objective: configuration of the objective (its class belongs to the objective's module).
       objective_name: a name of :data:`helios_jax.training.objective.OBJECTIVES` or an importable module.
-      batch_size: samples of one step.
+      batch_size: samples of one step, over all devices and processes.
+      accumulate: parts that a batch is computed in, one after the other; the gradient is their mean. It saves memory
+        and costs time. Where the objective draws per sample, the result is that of the whole batch up to rounding.
       num_steps: optimizer steps of the whole run.
       log_every, checkpoint_every, sample_every: in steps; 0 switches samples off.
       keep_last, keep_every: the newest ``keep_last`` checkpoints stay, and besides them every checkpoint whose step is
         a multiple of ``keep_every`` (0: none).
       ema_decay: decay of the moving average, reached after a warm-up; 0 switches it off.
+      mesh: over how many devices what is divided; one device by default.
     """
 
     objective: Any
@@ -98,9 +103,11 @@ class RunConfig:
     ema_decay: float = 0.999
     tensorboard: bool = True
     optimizer: OptimizerConfig = OptimizerConfig()
+    accumulate: int = 1
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for field in ("batch_size", "num_steps", "log_every", "checkpoint_every", "keep_last"):
+        for field in ("batch_size", "num_steps", "log_every", "checkpoint_every", "keep_last", "accumulate"):
             require(getattr(self, field) > 0, f"{field}: must be positive, got {getattr(self, field)}")
         for field in ("seed", "keep_every", "sample_every"):
             require(getattr(self, field) >= 0, f"{field}: must be 0 or more, got {getattr(self, field)}")

@@ -2,11 +2,15 @@
 
 A step is one compiled function whose state is donated. Its random key is derived from (seed, step), and the position
 in the data is saved with the state, so a killed and resumed run repeats the uninterrupted one bit for bit.
+
+One device, many devices and many processes run the same code: the state is made, restored and saved in the parts in
+which the mesh holds it (:mod:`helios_jax.sharding`). The first process logs, samples and exports.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -14,94 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
+from helios_jax import distributed, sharding
 from helios_jax.errors import UserError
-from helios_jax.training import ema as ema_lib
 from helios_jax.training.checkpoint import Checkpointer, guard_config
 from helios_jax.training.config import RunConfig
 from helios_jax.training.metrics import Writers, duration
-from helios_jax.training.objective import Objective, objective_module
-from helios_jax.training.optim import make_optimizer, schedule
+from helios_jax.training.program import Program, TrainState
 
 PyTree = Any
 
 # So many steps in a row without a finite gradient mean that the run is lost, not that one batch was bad.
 MAX_SKIPPED_STEPS = 50
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class TrainState:
-    """Everything that a step changes.
-
-    Attributes:
-      step: int32 scalar, number of steps done.
-      params: trained parameters (and fixed ones, where the objective's ``trainable`` says so).
-      ema: their moving average, or None.
-      optimizer: the optax state.
-      skipped: int32 scalar, consecutive steps without an update because the gradient was not finite.
-    """
-
-    step: jax.Array
-    params: PyTree
-    ema: PyTree
-    optimizer: PyTree
-    skipped: jax.Array
-
-    def items(self) -> dict[str, PyTree]:
-        """The parts as the checkpoint stores them."""
-        items = {"params": self.params,
-                 "optimizer": {"state": self.optimizer, "step": self.step, "skipped": self.skipped}}
-        return items if self.ema is None else {**items, "ema": self.ema}
-
-    @classmethod
-    def from_items(cls, items: dict[str, PyTree]) -> TrainState:
-        rest = items["optimizer"]
-        return cls(rest["step"], items["params"], items.get("ema"), rest["state"], rest["skipped"])
-
-    def best_params(self) -> PyTree:
-        """The averaged parameters if there are any: what sampling and exporting use."""
-        return self.params if self.ema is None else self.ema
-
-
-def initial_state(params: PyTree, optimizer: optax.GradientTransformation, use_ema: bool) -> TrainState:
-    """Step 0; traceable. The average starts as a copy (donated buffers must not be shared)."""
-    average = jax.tree.map(lambda p: jnp.array(p, copy=True), params) if use_ema else None
-    return TrainState(jnp.int32(0), params, average, optimizer.init(params), jnp.int32(0))
-
-
-def make_step(run: RunConfig, objective: Objective, optimizer: optax.GradientTransformation,
-              trainable: PyTree | None = None) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure function of one step: ``step(state, frozen, batch) -> (state, metrics)``.
-
-    A step whose loss or gradient is not finite changes nothing but the counters.
-    """
-    rate = schedule(run.optimizer, run.num_steps)
-
-    def step(state: TrainState, frozen: PyTree, batch: dict[str, jax.Array]):
-        key = jax.random.fold_in(jax.random.key(run.seed), state.step)
-        (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(state.params, frozen, batch, key)
-        if trainable is not None:  # a fixed parameter's gradient must not count in the norm
-            grads = jax.tree.map(lambda g, train: g if train else jnp.zeros_like(g), grads, trainable)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = None if state.ema is None else ema_lib.update(state.ema, params, state.step, run.ema_decay)
-
-        def keep(new: PyTree, old: PyTree) -> PyTree:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-        metrics = {"loss": loss, **metrics, "grad_norm": grad_norm, "learning_rate": jnp.float32(rate(state.step)),
-                   "skipped": 1.0 - finite.astype(jnp.float32)}
-        state = TrainState(state.step + 1, keep(params, state.params), keep(average, state.ema),
-                           keep(optimizer_state, state.optimizer), jnp.where(finite, 0, state.skipped + 1))
-        return state, metrics
-
-    return step
 
 
 class StopRequest:
@@ -130,19 +59,26 @@ class StopRequest:
 
 
 def _bytes(tree: PyTree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """On one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _summary(run: RunConfig, state: TrainState, trainable: PyTree | None) -> str:
-    total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    trained = total
-    if trainable is not None:
-        trained = sum(jax.tree.leaves(jax.tree.map(lambda p, train: p.size if train else 0, state.params, trainable)))
-    device = jax.devices()[0]
+def _summary(program: Program, state: TrainState) -> str:
+    run, partition = program.run, program.partition
+    trained = total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    if program.trainable is not None:
+        sizes = jax.tree.map(lambda p, train: p.size if train else 0, state.params, program.trainable)
+        trained = sum(jax.tree.leaves(sizes))
+    mesh, device = partition.mesh, partition.mesh.devices.flat[0]
+    where = f"on {device.platform} ({device.device_kind})"
+    if mesh.size > 1:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        where = f"per device on {mesh.size} of {jax.device_count()} {where} in {jax.process_count()} processes: {sizes}"
+    batch = f"batch {run.batch_size}" + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")
     return (f"{run.objective_name}: {trained / 1e6:.3f} M of {total / 1e6:.3f} M parameters trained with "
-            f"{run.optimizer.name}, batch {run.batch_size}, {run.num_steps} steps; parameters "
+            f"{run.optimizer.name}, {batch}, {run.num_steps} steps; parameters "
             f"{_bytes(state.params) / 2**20:.0f} MiB, average {_bytes(state.ema) / 2**20:.0f} MiB, optimizer "
-            f"{_bytes(state.optimizer) / 2**20:.0f} MiB on {device.platform} ({device.device_kind})")
+            f"{_bytes(state.optimizer) / 2**20:.0f} MiB {where}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,84 +92,97 @@ class TrainResult:
 def train(run: RunConfig, workdir: str | Path, *, print_line: Callable[[str], None] = print) -> TrainResult:
     """Trains until ``run.num_steps``, resuming from the newest checkpoint in ``workdir`` if there is one.
 
-    SIGTERM and Ctrl-C save a checkpoint and return.
+    SIGTERM and Ctrl-C save a checkpoint and return; with several processes, a signal to any of them stops all.
 
     Args:
       run: the configuration.
-      workdir: receives config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/ and, at the end, export/.
-      print_line: receives the progress lines.
+      workdir: receives config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/ and, at the end, export/. With
+        several processes it is a folder that all of them see.
+      print_line: receives the progress lines, in the first process.
 
     Raises:
-      UserError: the folder cannot be used, holds another run or a damaged checkpoint; the training diverged.
+      UserError: the folder cannot be used, holds another run or a damaged checkpoint; the mesh does not fit; the
+        training diverged. ProcessLost: another process ended; there is nothing to do but to exit.
     """
+    with distributed.peers_watched():
+        return _train(run, workdir, print_line)
+
+
+def _train(run: RunConfig, workdir: str | Path, print_line: Callable[[str], None]) -> TrainResult:
     workdir = Path(workdir)
+    is_first = jax.process_index() == 0
+    if not is_first:
+        print_line = _silent
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         guard_config(workdir, run)
     except OSError as error:
         raise UserError(f"workdir: {workdir} cannot be written ({error})") from None
-    objective = objective_module(run.objective_name).build(run)
-
-    # --- state: abstract first, so that a resumed run never makes the random start values -----------------------------
-    abstract_params = jax.eval_shape(objective.init_params, jax.random.key(0))
-    trainable = None if objective.trainable is None else objective.trainable(abstract_params)
-    optimizer = make_optimizer(run.optimizer, run.num_steps, trainable)
-
-    def make_state(params: PyTree) -> TrainState:
-        return initial_state(params, optimizer, run.ema_decay > 0)
+    program = Program.build(run)
+    objective = program.objective
 
     checkpointer = Checkpointer(workdir / "checkpoints", run.keep_last, run.keep_every)
     iterator = iter(objective.dataset)
     start = checkpointer.latest_step()
     if start is None:
-        # A key that no step uses: steps fold in 0, 1, 2, ...
-        key = jax.random.fold_in(jax.random.key(run.seed), np.uint32(2**32 - 1))
-        params = (jax.jit(objective.init_params)(key) if objective.load_params is None
-                  else objective.load_params(abstract_params))
-        state, start = jax.jit(make_state)(params), 0
-        del params
-    else:
-        abstract = jax.eval_shape(make_state, abstract_params)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-        state = TrainState.from_items(checkpointer.restore(start, abstract.items(), iterator))
+        state, start = program.initial_state(), 0
+    else:  # never makes the random start values
+        state = TrainState.from_items(checkpointer.restore(start, program.abstract_state.items(), iterator))
         print_line(f"resumed from step {start} of {workdir}")
-    frozen = jax.device_put(objective.frozen)
-    print_line(_summary(run, state, trainable))
+    frozen = program.load_frozen()
+    print_line(_summary(program, state))
 
-    writers = Writers(workdir, start, run.tensorboard)
+    writers = Writers(workdir, start, run.tensorboard) if is_first else None
+    lost = False
     try:
-        with StopRequest() as stop:
-            state, step = _loop(run, objective, jax.jit(make_step(run, objective, optimizer, trainable),
-                                                        donate_argnums=0),
-                                state, frozen, start, iterator, checkpointer, writers, stop, print_line)
-        checkpointer.save(step, state.items(), iterator)
-        checkpointer.wait()
+        with StopRequest() as stop, distributed.losses_reported():
+            state, step = _loop(program, state, frozen, start, iterator, checkpointer, writers, stop, print_line)
+            checkpointer.save(step, state.items(), iterator)
+            checkpointer.wait()
         if step < run.num_steps:
-            print_line(f"stopped by {signal.Signals(stop.signal).name} at step {step}: saved; the same command resumes")
-            return TrainResult(step, stop.signal)
+            number = stop.signal or signal.SIGTERM  # another process may be the one that was told
+            print_line(f"stopped by {signal.Signals(number).name} at step {step}: saved; the same command resumes")
+            return TrainResult(step, number)
         if objective.export is not None:
-            objective.export(state.best_params(), str(workdir / "export"))
-            print_line(f"exported to {workdir / 'export'}")
+            params = _whole(program, state.best_params())
+            if is_first:
+                objective.export(params, str(workdir / "export"))
+                print_line(f"exported to {workdir / 'export'}")
+            distributed.wait_for_all("exported")
         print_line(f"complete at step {step}: {workdir}")
         return TrainResult(step)
+    except distributed.ProcessLost:
+        lost = True
+        raise
     finally:
-        writers.close()
-        checkpointer.close()
+        if writers is not None:
+            writers.close()
+        if not lost:  # it would wait for the lost process
+            checkpointer.close()
 
 
-def _loop(run: RunConfig, objective: Objective, jitted_step: Any, state: TrainState, frozen: PyTree, start: int,
-          iterator: Any, checkpointer: Checkpointer, writers: Writers, stop: StopRequest,
-          print_line: Callable[[str], None]) -> tuple[TrainState, int]:
+def _silent(line: str) -> None:
+    del line
+
+
+def _whole(program: Program, params: PyTree) -> PyTree:
+    """Parameters as programs of one device need them: as they are, or gathered from the mesh by all processes."""
+    return params if program.partition.mesh.size == 1 else sharding.gather(params)
+
+
+def _loop(program: Program, state: TrainState, frozen: PyTree, start: int, iterator: Any, checkpointer: Checkpointer,
+          writers: Writers | None, stop: StopRequest, print_line: Callable[[str], None]) -> tuple[TrainState, int]:
+    run = program.run
     compiled = None
     pending: list[dict[str, jax.Array]] = []  # metrics of the steps since the last log line, still on the device
+    vote = distributed.StopVote(program.partition.mesh)
     waited, interval_start, step = 0.0, time.perf_counter(), start
-    while step < run.num_steps and stop.signal is None:
+    while step < run.num_steps and not vote(stop.signal is not None):
         before = time.perf_counter()
-        batch = next(iterator)
+        batch = sharding.place_batch(program.partition, next(iterator), run.batch_size)
         waited += time.perf_counter() - before
         if compiled is None:
-            compiled = jitted_step.lower(state, frozen, batch).compile()
+            compiled = program.lower(batch).compile()
             print_line(f"compiled the step in {duration(time.perf_counter() - before)}")
             waited, interval_start = 0.0, time.perf_counter()
         state, metrics = compiled(state, frozen, batch)
@@ -247,8 +196,9 @@ def _loop(run: RunConfig, objective: Objective, jitted_step: Any, state: TrainSt
             seconds = (time.perf_counter() - interval_start) / len(values)
             means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
             rate = run.batch_size / seconds
-            writers.scalars(step, {**means, "step_seconds": seconds, "samples_per_second": rate,
-                                   "data_wait_fraction": waited / (seconds * len(values))})
+            if writers is not None:
+                writers.scalars(step, {**means, "step_seconds": seconds, "samples_per_second": rate,
+                                       "data_wait_fraction": waited / (seconds * len(values))})
             left = duration((run.num_steps - step) * seconds)
             print_line(f"step {step}/{run.num_steps}  loss {means['loss']:.5f}  grad {means['grad_norm']:.3f}  "
                        f"{seconds:.3f} s/step  {rate:.1f} samples/s  {left} left")
@@ -262,12 +212,20 @@ def _loop(run: RunConfig, objective: Objective, jitted_step: Any, state: TrainSt
         if step % run.checkpoint_every == 0:
             checkpointer.save(step, state.items(), iterator)
         if run.sample_every and (step % run.sample_every == 0 or step == run.num_steps):
-            _evaluate(objective, state.best_params(), step, writers)
+            _evaluate(program, state.best_params(), step, writers)
             interval_start = time.perf_counter()  # neither sampling nor the steps before it belong to the step time
     return state, step
 
 
-def _evaluate(objective: Objective, params: PyTree, step: int, writers: Writers) -> None:
+def _evaluate(program: Program, params: PyTree, step: int, writers: Writers | None) -> None:
+    objective = program.objective
+    if objective.evaluate is None and objective.sample is None:
+        return
+    params = _whole(program, params)
+    if writers is None:  # only the first process looks
+        return
+    if program.partition.mesh.size > 1:
+        params = jax.device_put(params, jax.local_devices()[0])
     if objective.evaluate is not None:
         writers.scalars(step, {f"eval/{name}": value for name, value in objective.evaluate(params, step).items()})
     if objective.sample is not None:

@@ -35,7 +35,7 @@ from helios_jax.models.partition import unbox
 from helios_jax.models.transformer import HeliosTransformer
 from helios_jax.training.config import RunConfig, require
 from helios_jax.training.corruption import CorruptionConfig, CorruptionRandomness, corrupt
-from helios_jax.training.objective import Objective
+from helios_jax.training.objective import Objective, sample_keys
 
 TRAIN_TIMESTEPS = 1000
 
@@ -243,7 +243,7 @@ def make_loss(config: Config, layout: HistoryLayout, model: HeliosTransformer):
             random = Randomness.draw(key, config, layout, (h, w, channels))
             return prepare(config, layout, random, item, frozen["empty"])
 
-        examples = jax.vmap(example)(jax.random.split(key, batch_size), batch)
+        examples = jax.vmap(example)(sample_keys(key, batch_size), batch)
         variables = {"params": params}
         history = layout.split(examples.frames[:, 1:], examples.frames[:, :1])
         text = model.text_rows(variables, examples.text, examples.text_length)
@@ -292,9 +292,9 @@ def build(run: RunConfig) -> Objective:
                 "objective.transformer")
 
     def load_params(abstract_params):
-        del abstract_params
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
         return load_component(Path(config.init_from) / "transformer", "transformer", config.transformer,
-                              dtype=jnp.float32)
+                              dtype=jnp.float32, sharding=shardings)
 
     sample = evaluate = export = None
     if config.model:
@@ -312,7 +312,7 @@ def build(run: RunConfig) -> Objective:
     return Objective(
         init_params=lambda key: unbox(model.init(key)),
         load_params=load_params if config.init_from else None,
-        loss=make_loss(config, layout, model),
+        loss=make_loss(config, layout, model), per_sample_keys=True,
         dataset=latent_dataset(config.data, run.batch_size, run.seed, layout, config.threads),
         frozen={"empty": {"text": rows, "text_length": np.int32(length)}},
         sample=sample, fps=folder.fps, evaluate=evaluate, export=export)

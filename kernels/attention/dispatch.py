@@ -7,6 +7,7 @@ order. A variant asked for by name fails loudly instead.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import jax
 
 from helios_jax.errors import UserError
+from kernels.attention import partition
 from kernels.attention.device import Device, current_device
 
 Array = jax.Array
@@ -88,6 +90,8 @@ def attend(
 ) -> Array | tuple[Array, Array]:
     """Scaled dot-product attention through the first variant that serves the call.
 
+    Within :func:`kernels.attention.partition.use` every device attends for its own samples and heads.
+
     Args:
       q: [B, S, N, D]; k, v: [B, K, N, D]; bias: [B, K] float32 added to the logits, a constant, or None.
       return_lse: also return the log-sum-exp.
@@ -100,6 +104,12 @@ def attend(
     _check_shapes(q, k, v, bias)
     if callable(implementation):
         return implementation(q, k, v, bias, return_lse=return_lse)
+    core = functools.partial(_attend_on_one_device, implementation=implementation, return_lse=return_lse)
+    return partition.per_device(core, q, k, v, bias, return_lse=return_lse)
+
+
+def _attend_on_one_device(q: Array, k: Array, v: Array, bias: Array | None, *, implementation: str | None,
+                          return_lse: bool) -> Array | tuple[Array, Array]:
     if implementation is not None:
         return variant(implementation)(q, k, v, bias, return_lse=return_lse)
     reasons = []

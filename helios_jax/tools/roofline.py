@@ -1,0 +1,161 @@
+"""Counting: the floating-point operations of a traced function, the collectives of a compiled one, and what chips do.
+
+Chip numbers are the vendor's published peaks; bandwidths between chips are those of one torus axis in both directions
+(Google's documentation of Cloud TPU and "How to Scale Your Model", chapter 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator chip.
+
+    Attributes:
+      name: as in a topology's name.
+      flops: peak of bfloat16 products, per second.
+      memory: bytes that a program may use.
+      memory_bandwidth: bytes per second.
+      link_bandwidth: bytes per second that a chip sends along one axis of the torus, both directions together.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    link_bandwidth: float
+
+
+CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (
+    Chip("v4", 275e12, 30.75 * 2**30, 1.23e12, 9e10),
+    Chip("v5e", 197e12, 15.75 * 2**30, 0.82e12, 9e10),
+    Chip("v5p", 459e12, 95.74 * 2**30, 2.77e12, 1.8e11),
+    Chip("v6e", 918e12, 31.25 * 2**30, 1.64e12, 1.8e11),
+)}
+
+
+# -- operations of a traced function --------------------------------------------------------------------------------
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Operations (2 per multiply-add) of all matrix products and convolutions, over all devices.
+
+    Loops count as often as they run; a loop of unknown length and a kernel without a cost estimate count once. Element
+    by element work is left out: it is bound by memory, not by arithmetic.
+
+    Args:
+      jaxpr: of ``jax.make_jaxpr``.
+    """
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return sum(_equation_flops(equation) for equation in inner.eqns)
+
+
+def _equation_flops(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        lhs = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_channels = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / max(out_channels, 1)
+    if name == "pallas_call" and params.get("cost_estimate") is not None:
+        return float(params["cost_estimate"].flops)
+    if name == "cond":
+        return max(count_flops(branch) for branch in params["branches"])
+    times = {"scan": params.get("length", 1), "shard_map": _parts(params)}.get(name, 1)
+    return times * sum(count_flops(value) for value in _functions(params))
+
+
+def _functions(params: Mapping[str, Any]) -> list[Any]:
+    """The functions that an equation calls; of a custom derivative only the function itself."""
+    found = []
+    for name, value in params.items():
+        if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):
+            continue
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        found += [v for v in values if hasattr(v, "eqns") or hasattr(getattr(v, "jaxpr", None), "eqns")]
+    return found
+
+
+def _parts(params: Mapping[str, Any]) -> int:
+    """Into how many different parts a ``shard_map`` divides its work."""
+    if "mesh" not in params:
+        return 1
+    used = set()
+    for spec in params["in_specs"]:
+        for entry in spec:
+            used |= set(entry if isinstance(entry, tuple) else (entry,)) - {None}
+    return math.prod(params["mesh"].shape[axis] for axis in used)
+
+
+# -- collectives of a compiled program ------------------------------------------------------------------------------
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
+          "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*)?.*\{\s*$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(body|condition|calls|to_apply|called_computations|branch_computations)="
+                     r"(?:\{([^}]*)\}|(%?[\w.\-]+))")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Collective(NamedTuple):
+    """One kind of collective. count: executions in a step; bytes: their results on one device, summed."""
+
+    count: int
+    bytes: float
+
+
+def collectives(hlo: str) -> dict[str, Collective]:
+    """The collectives of one execution, by kind, with loops counted as often as they run.
+
+    Args:
+      hlo: text of the compiled program.
+    """
+    lines: dict[str, list[str]] = defaultdict(list)
+    current = entry = None
+    for line in hlo.splitlines():
+        if line and not line[0].isspace():
+            match = _COMPUTATION.match(line)
+            current = match[2] if match else None
+            entry = current if match and match[1] else entry
+        elif current is not None:
+            lines[current].append(line)
+    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+
+    def visit(name: str, times: int) -> None:
+        for line in lines.get(name, ()):
+            found = _COLLECTIVE.search(line)
+            if found:
+                totals[found[2]][0] += times
+                totals[found[2]][1] += times * _result_bytes(found[1], found[3] and found[2] != "all-reduce")
+                continue
+            trips = _TRIPS.search(line)
+            for kind, several, one in _CALLED.findall(line):
+                repeat = int(trips[1]) if trips and kind in ("body", "condition") else 1
+                for called in (several or one).split(","):
+                    visit(called.strip().lstrip("%"), times * repeat)
+
+    if entry is not None:
+        visit(entry, 1)
+    return {kind: Collective(int(count), size) for kind, (count, size) in sorted(totals.items())}
+
+
+def _result_bytes(result: str, holds_operands: bool) -> float:
+    """Bytes of a result type; the start of an asynchronous gather or permutation holds its operands in front."""
+    arrays = [(dtype, [int(n) for n in shape.split(",") if n]) for dtype, shape in _ARRAY.findall(result)]
+    if holds_operands and result.startswith("("):
+        arrays = [(dtype, shape) for dtype, shape in arrays if shape]  # without the counters of a permutation
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in arrays)

@@ -1,0 +1,148 @@
+"""The compile check counts right, refuses nonsense, and (with libtpu) compiles the trainer's step for TPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from helios_jax.errors import UserError
+from helios_jax.tools.compile_check import apply_change, load_values, main, remedies
+from helios_jax.tools.roofline import Collective, collectives, count_flops
+from helios_jax.training.config import run_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def flops(function, *shapes) -> float:
+    return count_flops(jax.make_jaxpr(function)(*[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]))
+
+
+def test_matrix_products_are_counted_as_often_as_they_run():
+    product = 2 * 3 * 4 * 5
+    assert flops(jnp.matmul, (3, 4), (4, 5)) == product
+    assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (7, 3, 4), (7, 4, 5)) == 7 * product
+
+    def layers(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, kernels)[0]
+
+    assert flops(layers, (3, 4), (6, 4, 4)) == 6 * 2 * 3 * 4 * 4
+    assert flops(jax.jit(layers), (3, 4), (6, 4, 4)) == 6 * 2 * 3 * 4 * 4
+
+
+def test_backward_passes_and_what_rematerialisation_repeats_are_counted():
+    def loss(remat, kernels, x):
+        layer = lambda x, kernel: (jnp.tanh(x @ kernel), None)  # noqa: E731
+        if remat:
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        return jax.lax.scan(layer, x, kernels)[0].sum()
+
+    forward = 6 * 2 * 3 * 4 * 4
+    assert flops(jax.grad(partial(loss, False)), (6, 4, 4), (3, 4)) == 3 * forward  # and both products' derivatives
+    assert flops(jax.grad(partial(loss, True)), (6, 4, 4), (3, 4)) == 4 * forward
+
+
+def test_convolutions_are_counted():
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert flops(convolve, (1, 8, 8, 3), (5, 5, 3, 7)) == 2 * 8 * 8 * 7 * 5 * 5 * 3
+
+
+HLO = """HloModule step, entry_computation_layout={()->f32[8]{0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body.1 (state: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %ag = bf16[16,8]{1,0:T(8,128)} all-gather(%w), dimensions={0}
+  ROOT %out = (s32[], bf16[4,8]) tuple(%i, %x)
+}
+
+%cond.1 (state: (s32[], bf16[4,8])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main.2_spmd (p: f32[8]) -> f32[8] {
+  %loop = (s32[], bf16[4,8]) while(%i), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %start = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%p), dimensions={0}
+  %done = f32[8,4]{1,0} all-gather-done(%start)
+  ROOT %ar = f32[8]{0} all-reduce(%p), to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_with_their_loops_and_bytes():
+    found = collectives(HLO)
+    assert found == {"all-gather": Collective(6, 5 * 16 * 8 * 2 + 8 * 4 * 4), "all-reduce": Collective(1, 8 * 4)}
+
+
+def test_changes_are_literals_or_strings_and_reach_any_depth():
+    values = {"mesh": {"fsdp": 1}, "objective": {"name": "stage1"}}
+    for change in ("mesh.fsdp=-1", "objective.dtype=bfloat16", "objective.transformer.num_layers=4", "accumulate=2"):
+        apply_change(values, change)
+    assert values == {"mesh": {"fsdp": -1}, "accumulate": 2,
+                      "objective": {"name": "stage1", "dtype": "bfloat16", "transformer": {"num_layers": 4}}}
+    for change, message in (("mesh.fsdp", "field=value expected, got 'mesh.fsdp'"),
+                            ("accumulate.x=1", "'accumulate' in 'accumulate.x' is no group")):
+        with pytest.raises(UserError, match=message):
+            apply_change(values, change)
+    with pytest.raises(UserError, match="--config: no such file: configs/absent.py"):
+        load_values("configs/absent.py", [])
+
+
+def test_remedies_keep_batch_and_heads_divisible():
+    run = run_config({"objective": {"name": "stage1", "data": ""}, "batch_size": 32, "mesh": {"data": 2, "fsdp": 4}})
+    found = list(remedies(run, 8))
+    assert found[0] == ("mesh.fsdp=8", "mesh.data=1")
+    assert "objective.remat=nothing_saveable" in found[1]
+    assert any("accumulate=4" in changes for changes in found)
+    for changes in found:
+        values = {"objective": {"name": "stage1", "data": ""}, "batch_size": 32, "mesh": {"data": 2, "fsdp": 4}}
+        for change in changes:
+            apply_change(values, change)
+        changed = run_config(values)
+        sizes = changed.mesh.resolve(8)
+        assert changed.batch_size % (sizes["data"] * sizes["fsdp"] * changed.accumulate) == 0
+        assert 40 % (sizes["context"] * sizes["tensor"]) == 0
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--topology", "v9:2x2"], "--topology: one of v4, v5e, v5p, v6e"),
+    (["--topology", "v5e:2x2", "--size", "64x100"], "--size: HEIGHTxWIDTH in multiples of 16, got '64x100'"),
+    (["--topology", "v5e:2x2", "--efficiency", "2"], "--efficiency: above 0 and at most 1, got 2.0"),
+])
+def test_wrong_arguments_are_one_clear_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(ROOT / "configs/tiny_stage1.py"), *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def check(*flags: str) -> subprocess.CompletedProcess:
+    small = ["objective.dtype=bfloat16", "objective.unroll=1", "objective.transformer.num_layers=2", "batch_size=8",
+             "optimizer.name=adamw"]
+    changes = [part for change in small for part in ("--set", change)]
+    return subprocess.run([sys.executable, "-m", "helios_jax.tools.compile_check", "--config", "configs/tiny_stage1.py",
+                           "--size", "64x128", *changes, *flags], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_step_is_compiled_for_a_topology(tmp_path):
+    done = check("--topology", "v5e:2x2", "--set", "mesh.fsdp=2", "--set", "mesh.tensor=1", "--set", "mesh.data=2",
+                 "--json", str(tmp_path / "report.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data 2 x fsdp 2 x context 1 x tensor 1" in done.stdout and done.stdout.endswith("it fits\n")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["chips"] == 4 and report["fits"] and 0 < report["used"] < 2**30
+    assert report["collectives"] and report["flops"] == report["flops_without_rematerialisation"] > 0
