@@ -11,47 +11,16 @@ from helios_jax.data import videos
 from helios_jax.data.videos import BrokenClip, Buckets, Clip, LeftOut, parse_entry, read_frames, read_sections
 from helios_jax.errors import UserError
 from helios_jax.video import VideoWriter, read_video
+from tests.corpus import number_of, numbered_frames, write_video
 
 ENTRY = {"path": "a/b.mp4", "cut": [0, 140], "crop": [0, 64, 0, 32], "fps": 24.0, "num_frames": 140,
          "resolution": {"height": 32, "width": 64}, "cap": ["first", "second"]}
 
 
-def numbered_frames(count: int, height: int = 32, width: int = 64) -> np.ndarray:
-    """Frames that tell their number: grey levels of two halves; uint8 [count, height, width, 3]."""
-    frames = np.zeros((count, height, width, 3), np.uint8)
-    for n in range(count):
-        frames[n, :, : width // 2], frames[n, :, width // 2:] = 16 * (n % 16), 16 * (n // 16)
-    return frames
-
-
-def number_of(frame: np.ndarray) -> int:
-    """Inverse of :func:`numbered_frames` after lossy coding."""
-    width = frame.shape[1]
-    low, high = frame[:, : width // 2 - 4].mean(), frame[:, width // 2 + 4:].mean()
-    return round(low / 16) + 16 * round(high / 16)
-
-
-def write_video(path, frames, fps=24):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with VideoWriter(path, fps=fps, crf=4) as writer:
-        writer.append(frames)
-    return path
-
-
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
     """150 frames with several key frames and B-frames between them."""
-    import av
-
-    path = tmp_path_factory.mktemp("videos") / "numbered.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        stream.options = {"crf": "4", "g": "20", "bf": "2"}
-        for frame in numbered_frames(150):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
+    return write_video(tmp_path_factory.mktemp("videos") / "numbered.mp4", numbered_frames(150))
 
 
 def test_lengths_and_sizes_are_those_of_the_specification():
@@ -201,7 +170,9 @@ def test_every_way_of_being_broken_is_named(tmp_path, video):
             path.write_bytes(data)
         with pytest.raises(BrokenClip, match=message):
             list(read_frames(path, 140, 33))
-    cut = write_video(tmp_path / "cut.mp4", numbered_frames(150))  # its index is in front, its end is missing
+    cut = tmp_path / "cut.mp4"
+    with VideoWriter(cut) as writer:
+        writer.append(numbered_frames(150))  # its index is in front, its end is missing
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     with pytest.raises(BrokenClip):
         list(read_frames(cut, 0, 150))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ from array_record.python import array_record_module
 from helios_jax.errors import UserError
 
 
+def _hidden(path: Path) -> Path:
+    """A name beside ``path`` that no other process or thread uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file under a hidden name and gives it its name at the end."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _hidden(path)
     temporary.write_bytes(content)
     temporary.replace(path)
 
@@ -34,7 +40,7 @@ def record_file(path: Path) -> Iterator[array_record_module.ArrayRecordWriter]:
     """
     for leftover in path.parent.glob(f".{path.name}.*"):
         leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _hidden(path)
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     try:
         yield writer
