@@ -92,3 +92,9 @@ def slow_encoders():
         return encode_video(video)
 
     return slow, encode_text, "fake"
+
+
+def noting_encoders(folder: str):
+    """Like :func:`fake_encoders`; leaves a file named after the process in ``folder``."""
+    Path(folder, str(os.getpid())).touch()
+    return fake_encoders()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from helios_jax.data import beam_extract, videos
 from helios_jax.data.extract import extract
 from helios_jax.errors import UserError
-from tests.corpus import CONFIG, encode_text, encode_video, fake_encoders, write_corpus
+from tests.corpus import CONFIG, encode_text, encode_video, fake_encoders, noting_encoders, write_corpus
 from tests.test_extract import contents
 
 
@@ -37,13 +39,16 @@ def test_several_workers_write_what_the_plain_tool_writes_and_either_resumes_the
         extract(entries, CONFIG, corpus[1], tmp_path / "beam", encode_video, encode_text, identity="fake", worker=1,
                 workers=4, report=lambda line: None)
     flags = ["--runner=DirectRunner", "--direct_num_workers=2", f"--direct_running_mode={mode}"]
-    lines = []
-    report = beam_extract.extract_with_beam(entries, CONFIG, corpus[1], tmp_path / "beam", fake_encoders, flags,
+    lines, processes = [], tmp_path / "processes"
+    processes.mkdir()
+    load = functools.partial(noting_encoders, str(processes))
+    report = beam_extract.extract_with_beam(entries, CONFIG, corpus[1], tmp_path / "beam", load, flags,
                                             lines.append)
     assert report == plain and "4 broken" in lines[-1]
     assert contents(tmp_path / "beam") == contents(tmp_path / "plain")
-    again = beam_extract.extract_with_beam(entries, CONFIG, corpus[1], tmp_path / "beam", fake_encoders, flags,
-                                           lines.append)
+    elsewhere = {int(path.name) for path in processes.iterdir()} - {os.getpid()}
+    assert bool(elsewhere) == (mode == "multi_processing")
+    again = beam_extract.extract_with_beam(entries, CONFIG, corpus[1], tmp_path / "beam", load, flags, lines.append)
     assert again == plain and "of which 0 are to be written" in lines[-2]
 
 

@@ -21,7 +21,7 @@ from helios_jax.data.extract import extract, make_plan
 from helios_jax.data.pipeline import LatentFolder
 from helios_jax.data.records import decode_record
 from helios_jax.errors import UserError
-from tests.corpus import CONFIG, encode_text, encode_video, entry, write_corpus
+from tests.corpus import CONFIG, encode_text, encode_video, entry, numbered_frames, write_corpus, write_video
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -193,3 +193,36 @@ def test_wrong_input_is_one_clear_line(corpus, tmp_path, capsys):
             extraction.main([*base, *extra])
         assert end.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
+
+
+def test_latents_and_embeddings_are_those_of_the_model(tmp_path):
+    """The model in the box through the command line, against its networks applied by hand."""
+    import jax
+    import jax.numpy as jnp
+
+    from helios_jax.convert.folder import read_component_config
+    from helios_jax.convert.load import load_component
+    from helios_jax.data.encoders import text_encoder
+    from helios_jax.models.vae import WanVAE
+
+    model = ROOT / "assets/helios-tiny"
+    write_video(tmp_path / "a.mp4", numbered_frames(70, 48, 80))
+    item = {**entry("a.mp4", (2, 69)), "crop": [3, 75, 2, 47]}
+    (tmp_path / "clips.json").write_text(json.dumps([item]))
+    with pytest.raises(SystemExit) as end:
+        extraction.main(["--model", str(model), "--metadata", str(tmp_path / "clips.json"), "--videos", str(tmp_path),
+                         "--output", str(tmp_path / "set"), "--min-frames", "66", "--lengths", "66", "--sizes",
+                         "16x32", "--keep", "all"])
+    assert end.value.code == 0
+    record = decode_record(LatentFolder.open(tmp_path / "set/16x32").source()[0])
+    sections = np.stack(list(videos.read_sections(tmp_path, videos.parse_entry(item), 66, (16, 32))))
+    config = read_component_config(model / "vae", "vae")
+    params = load_component(model / "vae", "vae", config, dtype=jnp.float32)
+    encode = jax.jit(lambda video: WanVAE(config).apply({"params": params}, video, method=WanVAE.encode))
+    for section, mean, std in zip(sections, record.mean, record.std, strict=True):
+        raw, logvar = encode(section[None])
+        scale = np.asarray(config.latents_std)
+        np.testing.assert_allclose(mean, (raw[0] - np.asarray(config.latents_mean)) / scale, atol=4e-3)
+        np.testing.assert_allclose(std, np.exp(0.5 * np.asarray(logvar[0])) / scale, rtol=4e-3)
+    assert record.captions == ("a caption",)
+    np.testing.assert_allclose(record.text, text_encoder(model)[0](["a caption"])[0], atol=4e-3)

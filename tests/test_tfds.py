@@ -97,3 +97,22 @@ print("without TensorFlow")
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("without TensorFlow\n"), done.stderr[-2000:]
+
+
+def test_the_command_line_prepares_every_size_of_a_corpus_and_procedural_clips(tmp_path, monkeypatch, capsys):
+    from helios_jax.data.tfds import __main__ as program
+
+    monkeypatch.setattr(program, "encoders", lambda model: fake_encoders())
+    metadata, root = write_corpus(tmp_path)
+    corpus = ["--model", "m", "--metadata", str(metadata), "--videos", str(root), "--output", str(tmp_path / "set"),
+              "--min-frames", "33", "--lengths", "33,66", "--sizes", "32x64,64x32", "--keep", "all"]
+    shapes = ["--model", "m", "--clips", "2", "--sections", "1", "--height", "32", "--width", "64", "--files", "1"]
+    for arguments in (["videos", *corpus], ["shapes", *shapes]):
+        with pytest.raises(SystemExit) as end:
+            program.main([*arguments, "--data-dir", str(tmp_path / "data")])
+        assert end.value.code == 0
+    output = capsys.readouterr().out
+    assert "4 broken (listed in" in output and output.count("prepared: ") == 3
+    sizes = {str(path.parent.relative_to(tmp_path / "data")) for path in tmp_path.glob("data/**/dataset_info.json")}
+    assert sizes == {"video_latents/32x64/1.0.0", "video_latents/64x32/1.0.0", "procedural_latents/32x64/1.0.0"}
+    assert len(builders.tfds_bucket(tmp_path / "data/procedural_latents/32x64/1.0.0").source) == 2
