@@ -51,7 +51,7 @@ def import_beam() -> Any:
     try:
         import apache_beam
     except ImportError as error:
-        raise UserError(f"beam: apache-beam is not installed ({error}); pip install apache-beam (2.77 or newer), or use "
+        raise UserError(f"beam: apache-beam is not installed ({error}); pip install apache-beam, or use "
                         "python -m helios_jax.data.extract with --worker i/n") from None
     return apache_beam
 
