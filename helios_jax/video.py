@@ -201,6 +201,12 @@ def read_video(path: str | os.PathLike, min_frames: int = 1) -> np.ndarray:
     return np.stack(frames)
 
 
+def frame_to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """A decoded frame as uint8 [H,W,3], turned upright by the rotation that the file stores."""
+    rgb = frame.reformat(format="rgb24", interpolation=_EXACT).to_ndarray()
+    return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90) % 4))
+
+
 def _decode(path: pathlib.Path) -> list[np.ndarray]:
     """All frames, uint8 [H,W,3] each."""
     frames: list[np.ndarray] = []
@@ -214,8 +220,7 @@ def _decode(path: pathlib.Path) -> list[np.ndarray]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
-                rgb = frame.reformat(format="rgb24", interpolation=_EXACT).to_ndarray()
-                frames.append(np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90) % 4)))
+                frames.append(frame_to_rgb(frame))
             # An mp4 may rightly show fewer frames than it stores (edit lists), so there the file's structure is asked.
             cut = _is_cut_mp4(path) if "mp4" in name else len(frames) < stream.frames
     except av.error.FFmpegError as error:

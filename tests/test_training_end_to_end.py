@@ -14,6 +14,7 @@ import pytest
 from helios_jax.config import ModelIndex, TextEncoderConfig, VAEConfig
 from helios_jax.convert.export import export_pipeline
 from helios_jax.data import build_latents
+from helios_jax.data.encoders import encoders
 from helios_jax.data.pipeline import LatentFolder
 from helios_jax.data.records import decode_record
 from helios_jax.errors import UserError
@@ -96,8 +97,7 @@ def test_latents_are_those_of_the_vae_and_captions_those_of_the_encoder(model, l
 
     folder = LatentFolder.open(latents)
     assert (folder.frames, folder.height, folder.width, folder.channels) == (9, 4, 8, 16)
-    encode_video, _ = build_latents.video_encoder(model)
-    encode_text, _ = build_latents.text_encoder(model)
+    encode_video, encode_text, _ = encoders(model)
     record = decode_record(folder.source()[3])
     clip = shapes.sample_clip(record.info["seed"], "train", 66, *SIZE)
     second = np.repeat(clip.frames[None, 33:], 4, axis=0)  # a section knows nothing of the one before it
