@@ -198,7 +198,7 @@ def train(run: RunConfig, workdir: str | Path, *, print_line: Callable[[str], No
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
         state = TrainState.from_items(checkpointer.restore(start, abstract.items(), iterator))
         print_line(f"resumed from step {start} of {workdir}")
-    frozen = jax.device_put(objective.frozen)
+    frozen = objective.load_frozen()
     print_line(_summary(run, state, trainable))
 
     writers = Writers(workdir, start, run.tensorboard)

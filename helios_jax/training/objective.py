@@ -23,8 +23,27 @@ PyTree = Any
 OBJECTIVES = {
     "autoencoder": "helios_jax.training.autoencoder",
     "stage1": "helios_jax.training.stage1",
+    "stage2": "helios_jax.training.stage2",
     "text_encoder": "helios_jax.training.text_encoder",
 }
+
+
+class BaseParams:
+    """Parameters that nobody trains and that are too large to be made before they are needed (a LoRA run's base).
+
+    Args:
+      abstract: the tree of ``jax.ShapeDtypeStruct``.
+      load: ``load(sharding) -> tree of jax.Array``; ``sharding`` as in :func:`helios_jax.convert.load.load_component`.
+    """
+
+    def __init__(self, abstract: PyTree, load: Callable[[Any], PyTree]):
+        self.abstract, self._load, self._loaded = abstract, load, None
+
+    def load(self, sharding: Any = None) -> PyTree:
+        """The parameters; read at the first call, the same arrays afterwards."""
+        if self._loaded is None:
+            self._loaded = self._load(sharding)
+        return self._loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +59,14 @@ class Objective:
         dicts of numpy arrays with the batch as leading axis, without end.
       frozen: arrays that the loss needs but nobody trains (a frozen model, tables of embeddings). They are arguments
         of the compiled step, never constants in it, and are not saved.
+      base: further frozen parameters, loaded when the run begins; the loss finds them in ``frozen["base"]``.
       trainable: ``trainable(params) -> tree of bool`` of the same structure; ``None`` trains everything. Parameters
         outside it have no optimizer state and never change.
       load_params: ``load_params(abstract_params) -> params``: start values from elsewhere (a converted checkpoint, an
-        earlier stage) instead of ``init_params``; called only when the run starts afresh.
+        earlier stage) instead of ``init_params``; called only when the run starts afresh. The leaves' ``.sharding``
+        says where each parameter shall lie.
+      per_sample_keys: the loss also takes one key per sample in place of ``key`` (see :func:`sample_keys`), so that a
+        batch computed in parts draws the same numbers as a whole one.
       sample: ``sample(params, step) -> {name: uint8 [F, H, W, 3]}``: videos to look at, from the EMA parameters if
         there are any.
       fps: frames per second of these videos.
@@ -55,12 +78,24 @@ class Objective:
     loss: Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     dataset: Any
     frozen: PyTree = dataclasses.field(default_factory=dict)
+    base: BaseParams | None = None
+    per_sample_keys: bool = False
     trainable: Callable[[PyTree], PyTree] | None = None
     load_params: Callable[[PyTree], PyTree] | None = None
     sample: Callable[[PyTree, int], dict[str, np.ndarray]] | None = None
     fps: int = 24
     evaluate: Callable[[PyTree, int], dict[str, float]] | None = None
     export: Callable[[PyTree, str], None] | None = None
+
+    def load_frozen(self) -> PyTree:
+        """What the loss is given as ``frozen``, on the device."""
+        frozen = jax.device_put(self.frozen)
+        return frozen if self.base is None else {**frozen, "base": self.base.load()}
+
+
+def sample_keys(key: jax.Array, batch_size: int) -> jax.Array:
+    """One random key per sample [B]: those given, or as many made of a single one."""
+    return key if key.ndim else jax.random.split(key, batch_size)
 
 
 def objective_module(name: str) -> ModuleType:
