@@ -45,6 +45,7 @@ def run_of(model: Path, latents: Path):
                             "freq_dim": 8, "ffn_dim": 16, "num_layers": 2},
             "sample": {"prompts": (PROMPT,), "num_frames": 20, "steps": 2, "guidance": 3.0, "reader_prompts": 1,
                        "reader_frames": 20},
+            "validation": {"items": 3, "batch_size": 3},
         },
         "batch_size": 3, "num_steps": 4, "log_every": 1, "checkpoint_every": 2, "sample_every": 4, "tensorboard": False,
         "optimizer": {"learning_rate": 0.01, "name": "muon"},
@@ -101,6 +102,7 @@ def test_a_run_leaves_samples_scores_and_a_model_that_makes_the_same_video(finis
     scores = [row for row in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
               if "eval/reader_all" in row]
     assert [row["step"] for row in scores] == [4] and 0 <= scores[0]["eval/reader_colour"] <= 1
+    assert 0 < scores[0]["eval/loss"] < 10 and scores[0]["eval/loss_with_history"] > 0
 
     pipeline = HeliosPipeline.from_pretrained(finished / "export")
     assert pipeline.index.native_size == SIZE and pipeline.index.variant == "base"

@@ -12,7 +12,7 @@ import pytest
 
 from helios_jax.config import TransformerConfig
 from helios_jax.convert.load import load_component
-from helios_jax.convert.rules import abstract_params
+from helios_jax.convert.rules import abstract_params, flatten
 from helios_jax.errors import UserError
 from helios_jax.lora import merge, read_lora
 from helios_jax.pipeline.pipeline import HeliosPipeline
@@ -100,6 +100,7 @@ def test_curves_have_one_line_per_level_in_training_and_validation(trained):
 def test_an_adapted_run_keeps_only_what_it_trains_and_exports_the_merged_mid_model(adapted, base):
     params = read_params(adapted, prefer_ema=False)
     assert params.keys() == {"lora", "full"} and params["full"].keys() == {"patch_short"}
+    assert all(np.any(leaf) for _, leaf in flatten(params["lora"]))  # every adapter has moved from its zeros
     pipeline = HeliosPipeline.from_pretrained(adapted / "export")
     assert pipeline.index.variant == "mid" and pipeline.index.is_cfg_zero_star and pipeline.scheduler.stages == 3
     assert pipeline.index.native_size == SIZE and pipeline.scheduler.use_dynamic_shifting
