@@ -16,7 +16,8 @@ from helios_jax.errors import UserError, command_line
 
 USAGE = """usage: python train.py --config configs/FILE.py --workdir DIR [--config.KEY=VALUE ...]
 
-  --config FILE         a file of configs/; its first lines say what it trains, for how long and on what
+  --config FILE         a file of configs/; its first lines say what it trains, for how long and on what; some take
+                        the model's size behind a colon: configs/stage1_init.py:1.3b
   --config.KEY=VALUE    changes one value, for example --config.optimizer.learning_rate=3e-4
   --workdir DIR         receives checkpoints, metrics.jsonl, TensorBoard files, sample videos and the exported model
   --config.mesh.fsdp=-1 divides the run over all devices; also data, context, tensor (where the file lists them)
@@ -52,7 +53,7 @@ def parse_arguments(argv: list[str]):
 
     known = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True,
-                                             flag_values=known)
+                                             flag_values=known, sys_argv=argv)
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=known)
     coordinator = flags.DEFINE_string("coordinator", None, "host:port of the first process.", flag_values=known)
     num_processes = flags.DEFINE_integer("num_processes", None, "Processes of the run.", flag_values=known)
@@ -75,7 +76,9 @@ def _reason(error: Exception, argv: list[str]) -> str:
     """One line for whatever went wrong while flags and config file were read."""
     paths = [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))]
     paths += [after for a, after in zip(argv, argv[1:], strict=False) if a in ("--config", "-config")]
-    path = (paths or ["?"])[-1]
+    if isinstance(error, UserError):
+        return str(error)
+    path = (paths or ["?"])[-1].partition(":")[0]
     if not os.path.isfile(path):
         return f"--config: no such file: {path}"
     near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))

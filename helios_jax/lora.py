@@ -1,4 +1,4 @@
-"""LoRA files at sampling: reading them, merging them into the weights, or keeping them apart.
+"""LoRA files: reading them, merging them into the weights or keeping them apart, and writing those of a training.
 
 An adapter changes a Linear or a patch convolution by W + s (alpha / r) B A, and its bias by s (alpha / r) b. Its
 weight s is chosen by the user; alpha / r is 1 unless the file's metadata or (in Wan-style files) its alpha tensors say
@@ -21,7 +21,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ import numpy as np
 from helios_jax.config import TransformerConfig
 from helios_jax.convert.folder import download, refuse_pickles
 from helios_jax.convert.rules import Layout, Leaf, TensorRule, flatten, leaves, listing, tensor_rules, unflatten
-from helios_jax.convert.safetensors_io import SafetensorsFile
+from helios_jax.convert.safetensors_io import SafetensorsFile, SafetensorsWriter
 from helios_jax.errors import UserError
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
@@ -112,14 +112,64 @@ def merge(params: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, A
       params: the transformer's parameter tree.
       adapters: of :func:`read_lora`; their updates add up.
     """
+    return _with_updates(params, _module_updates(adapters))
+
+
+def merge_tree(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a "lora" collection (see :func:`adapter_tree`) in place of files."""
+    modules: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path, array in flatten(lora):
+        modules.setdefault(path[:-1], {})[path[-1]] = array
+    return _with_updates(params, modules.items())
+
+
+def _with_updates(params: Mapping[str, Any], updates: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]
+                  ) -> dict[str, Any]:
     merged = dict(flatten(params))
-    for path, update in _module_updates(adapters):
+    for path, update in updates:
         kernel = merged[(*path, "kernel")]
         merged[(*path, "kernel")] = _add_product(kernel, update["a"], update["b"])
         if "bias" in update:
             bias = jnp.asarray(merged[(*path, "bias")])
             merged[(*path, "bias")] = (bias.astype(jnp.float32) + update["bias"]).astype(bias.dtype)
     return unflatten(merged.items())
+
+
+def write_lora(path: str | Path, lora: Mapping[str, Any], config: TransformerConfig, alpha: float) -> None:
+    """Writes a "lora" collection as a file of the diffusers format, float32, one tensor in memory at a time.
+
+    Args:
+      path: the file to create.
+      lora: a tree as of :func:`adapter_tree`, of one rank and without biases; ``b`` without the scale alpha / r.
+      config: the transformer's configuration.
+      alpha: stored in the file's metadata, from which readers take the scale.
+    """
+    arrays = dict(flatten(lora))
+    targets = [(leaf, leaf.path[:-1]) for leaf in leaves("transformer", config)
+               if leaf.path[-1] == "kernel" and (*leaf.path[:-1], "a") in arrays]
+    rank = arrays[(*targets[0][1], "a")].shape[-1]
+    tensors = {}  # name -> (shape, function that makes it)
+    for leaf, module in targets:
+        for layer, rule in enumerate(leaf.tensors):
+            at = layer if leaf.stacked else ...
+            name, kernel = f"transformer.{_module_name(rule)}", rule.shape[2:]
+            shape_a, shape_b = (rank, *rule.shape[1:]), (rule.shape[0], rank, *(1 for _ in kernel))
+            tensors[f"{name}.lora_A.weight"] = shape_a, functools.partial(
+                lambda a, at, layout, shape: layout.to_torch(np.asarray(a[at]), shape), arrays[(*module, "a")], at,
+                rule.layout, shape_a)
+            tensors[f"{name}.lora_B.weight"] = shape_b, functools.partial(
+                lambda b, at, shape: np.asarray(b[at]).T.reshape(shape), arrays[(*module, "b")], at, shape_b)
+    modules = [_module_name(rule) for leaf, _ in targets for rule in leaf.tensors]
+    metadata = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules}
+    writer = SafetensorsWriter(path, {name: (np.dtype(np.float32), shape) for name, (shape, _) in tensors.items()}, {
+        "format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in metadata.items()})})
+    try:
+        for name, (_, make) in tensors.items():
+            writer.write(name, make().astype(np.float32))
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
 
 
 def adapter_tree(adapters: Sequence[Adapter], dtype: Any = np.float32) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from helios_jax.convert import params_to_torch_state_dict
 from helios_jax.convert.rules import Layout, flatten, tensor_rules
 from helios_jax.convert.safetensors_io import write_safetensors
 from helios_jax.errors import UserError
-from helios_jax.lora import adapter_tree, merge, read_lora
+from helios_jax.lora import adapter_tree, merge, read_lora, write_lora
 from helios_jax.models.inputs import FrameIndices, History
 from helios_jax.models.transformer import HeliosTransformer
 from tests.golden import data
@@ -210,6 +210,16 @@ def test_musubi_files(tmp_path):
         tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": np.array(2.0, np.float32)}
     file = write(tmp_path / "musubi.safetensors", tensors)
     assert_merges_like_diffusers([file, file], [1.0, 0.25])
+
+
+def test_a_written_adapter_means_to_diffusers_what_it_means_here(tmp_path):
+    rng = np.random.default_rng(5)
+    tree = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), adapter_tree([
+        read_lora(write(tmp_path / "a.safetensors", native(TARGETS)), CONFIG)]))
+    (tmp_path / "b").mkdir()
+    file = tmp_path / "b" / "pytorch_lora_weights.safetensors"
+    write_lora(file, tree, CONFIG, alpha=6.0)
+    assert assert_merges_like_diffusers([file], [0.5]) == len(TARGETS)
 
 
 def test_merging_into_half_precision_rounds_once(tmp_path):

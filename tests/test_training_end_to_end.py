@@ -11,50 +11,30 @@ import jax
 import numpy as np
 import pytest
 
-from helios_jax.config import ModelIndex, TextEncoderConfig, VAEConfig
-from helios_jax.convert.export import export_pipeline
-from helios_jax.data import build_latents
 from helios_jax.data.encoders import encoders
 from helios_jax.data.pipeline import LatentFolder
 from helios_jax.data.records import decode_record
 from helios_jax.errors import UserError
-from helios_jax.models.umt5 import UMT5Encoder
-from helios_jax.models.vae import WanVAE
 from helios_jax.pipeline.pipeline import HeliosPipeline
 from helios_jax.training import stage1
 from helios_jax.training.checkpoint import read_params
 from helios_jax.training.config import run_config
 from helios_jax.training.loop import train
 from helios_jax.training.metrics import VideoFileWriter
-from helios_jax.training.validation import BASE_SCHEDULER
+from tests.tiny_training import write_latents, write_model_folder
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red circle moves right over a dark background"
 SIZE = (32, 64)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A model folder without a transformer: random VAE and text encoder, the tokenizer of the model in the box."""
-    vae = VAEConfig(base_dim=4, num_res_blocks=1)
-    text = TextEncoderConfig(vocab_size=1024, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    video = np.zeros((1, 5, 16, 16, 3), np.float32)
-    params = {"vae": jax.jit(lambda key: WanVAE(vae).init(key, video)["params"])(jax.random.key(0)),
-              "text_encoder": jax.jit(UMT5Encoder(text).init_params)(jax.random.key(1))}
-    folder = tmp_path_factory.mktemp("model") / "random"
-    export_pipeline(folder, params, {"vae": vae, "text_encoder": text}, index=ModelIndex(), scheduler=BASE_SCHEDULER,
-                    tokenizer=ROOT / "assets/helios-tiny/tokenizer")
-    return folder
+    return write_model_folder(tmp_path_factory.mktemp("model") / "random")
 
 
 @pytest.fixture(scope="module")
 def latents(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
-    with pytest.raises(SystemExit) as end:
-        build_latents.main(["--model", str(model), "--output", str(folder), "--clips", "5", "--sections", "2",
-                            "--phrasings", "2", "--files", "2", "--height", str(SIZE[0]), "--width", str(SIZE[1])])
-    assert end.value.code == 0
-    return folder
+    return write_latents(tmp_path_factory.mktemp("latents"), model, SIZE)
 
 
 def run_of(model: Path, latents: Path):
@@ -65,6 +45,7 @@ def run_of(model: Path, latents: Path):
                             "freq_dim": 8, "ffn_dim": 16, "num_layers": 2},
             "sample": {"prompts": (PROMPT,), "num_frames": 20, "steps": 2, "guidance": 3.0, "reader_prompts": 1,
                        "reader_frames": 20},
+            "validation": {"items": 3, "batch_size": 3},
         },
         "batch_size": 3, "num_steps": 4, "log_every": 1, "checkpoint_every": 2, "sample_every": 4, "tensorboard": False,
         "optimizer": {"learning_rate": 0.01, "name": "muon"},
@@ -120,6 +101,7 @@ def test_a_run_leaves_samples_scores_and_a_model_that_makes_the_same_video(finis
     scores = [row for row in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
               if "eval/reader_all" in row]
     assert [row["step"] for row in scores] == [4] and 0 <= scores[0]["eval/reader_colour"] <= 1
+    assert 0 < scores[0]["eval/loss"] < 10 and scores[0]["eval/loss_with_history"] > 0
 
     pipeline = HeliosPipeline.from_pretrained(finished / "export")
     assert pipeline.index.native_size == SIZE and pipeline.index.variant == "base"

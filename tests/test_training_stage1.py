@@ -25,7 +25,8 @@ from helios_jax.training.corruption import (
     frame_segments,
     resize_matrix,
 )
-from helios_jax.training.stage1 import Config, Randomness, TaskMix, kept_frames, prepare, timestep_index
+from helios_jax.training.flow import Randomness, TaskMix, kept_frames, timestep_index
+from helios_jax.training.stage1 import Config, prepare
 
 LAYOUT = HistoryLayout()
 DRAWS = 20_000

@@ -18,7 +18,7 @@ from helios_jax.convert.folder import (
     read_model_folder,
     resolve_model,
 )
-from helios_jax.convert.rules import COMPONENTS, Config, Leaf, leaves, unflatten
+from helios_jax.convert.rules import COMPONENTS, Config, Leaf, flatten, leaves, unflatten
 from helios_jax.convert.sources import Index, SafetensorsSource
 from helios_jax.convert.wan import transformer_config_from_wan
 
@@ -28,7 +28,8 @@ Shardings = Sharding | Mapping[str, Any] | Callable[[tuple[str, ...], tuple[int,
 
 
 def load_component(folder: str | Path, component: str, config: Config | None = None, dtype: Any = None,
-                   sharding: Shardings = None, from_wan: bool = False) -> dict[str, Any]:
+                   sharding: Shardings = None, from_wan: bool = False,
+                   only: Callable[[tuple[str, ...]], bool] | None = None) -> dict[str, Any]:
     """Loads the parameters of one component.
 
     Reading is strict: missing, unexpected and misshapen tensors are all listed in one error. Tensors are read one at
@@ -47,6 +48,7 @@ def load_component(folder: str | Path, component: str, config: Config | None = N
         function (path, shape) -> ``Sharding``.
       from_wan: the folder holds a Wan 2.1 text-to-video transformer; its history patches are made from its patch
         embedding (see ``helios_jax.convert.wan``).
+      only: of a parameter's path, whether to return it; all by default. (An Orbax checkpoint is read whole.)
 
     Returns: nested dicts of ``jax.Array``.
 
@@ -60,10 +62,11 @@ def load_component(folder: str | Path, component: str, config: Config | None = N
     if (folder / ORBAX_FOLDER).is_dir():
         from helios_jax.convert.orbax_io import restore_params
 
-        return restore_params(folder / ORBAX_FOLDER, component, config, dtype, sharding_of)
+        params = restore_params(folder / ORBAX_FOLDER, component, config, dtype, sharding_of)
+        return params if only is None else unflatten([(path, leaf) for path, leaf in flatten(params) if only(path)])
     with SafetensorsSource(folder, component, config, dtype, from_wan) as source:
         return unflatten([(leaf.path, _load_leaf(source, leaf, sharding_of(leaf)))
-                          for leaf in leaves(component, config)])
+                          for leaf in leaves(component, config) if only is None or only(leaf.path)])
 
 
 def load_wan_transformer(model: str | Path, dtype: Any = None, sharding: Shardings = None,

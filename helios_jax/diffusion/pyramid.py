@@ -6,6 +6,8 @@ up-sampling repeats every value, written out because ``jax.image.resize`` antial
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,25 @@ def _pyramid(x: jax.Array, stages: int, downsample) -> list[jax.Array]:
     for _ in range(stages - 1):
         levels.append(downsample(levels[-1]))
     return levels[::-1]
+
+
+def flow_points(table: Sequence[Stage], noise: Sequence[jax.Array], clean: Sequence[jax.Array]
+                ) -> list[tuple[jax.Array, jax.Array]]:
+    """Where every stage's flow starts and ends in training; its velocity is start - end.
+
+    A stage starts at start * noise + (1 - start) * up(clean of the stage below), the first one at pure noise, and ends
+    at end * noise + (1 - end) * clean. :func:`transition` gives samples the distribution of the start.
+
+    Args:
+      table: of :func:`~helios_jax.diffusion.schedules.stage_table`.
+      noise, clean: of :func:`noise_pyramid` and :func:`clean_pyramid`, [B, T, h_i, w_i, C].
+    Returns: (start, end) per stage, lowest resolution first, in the shapes of ``clean``.
+    """
+    points = []
+    for i, stage in enumerate(table):
+        start = noise[0] if i == 0 else stage.start * noise[i] + (1 - stage.start) * upsample(clean[i - 1])
+        points.append((start, stage.end * noise[i] + (1 - stage.end) * clean[i]))
+    return points
 
 
 def block_noise_shape(batch: int, frames: int, height: int, width: int, channels: int) -> tuple[int, ...]:

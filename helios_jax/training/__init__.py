@@ -8,8 +8,13 @@
     checkpoint.py   Orbax: parameters, EMA, optimizer and data position in one atomic step folder
     metrics.py      JSONL and TensorBoard scalars, sample videos
     corruption.py   history corruption against drift
-    stage1.py       the stage-1 objective (flow matching with history injection)
+    flow.py         what stages 1 and 2 share: the context of a sample, the loss of a batch, the objective
+    stage1.py       the stage-1 objective (flow matching at full resolution)
+    stage2.py       the stage-2 objective (flow matching on a pyramid of resolutions)
+    weights.py      which parameters are trained: all, or low-rank adapters beside a fixed base
+    presets.py      sizes, and what the configurations of the original's runs have in common
     validation.py   sample videos during training, and the export of a trained transformer
+    validation_loss.py  the loss on fixed examples
 
 Every random number of a step is derived from (seed, step), and the position in the data is part of the checkpoint,
 so a run that is killed and resumed computes bitwise the same losses as one that was not.

@@ -23,6 +23,7 @@ PyTree = Any
 OBJECTIVES = {
     "autoencoder": "helios_jax.training.autoencoder",
     "stage1": "helios_jax.training.stage1",
+    "stage2": "helios_jax.training.stage2",
     "text_encoder": "helios_jax.training.text_encoder",
 }
 

@@ -1,0 +1,66 @@
+"""The model in the box as Mid: the pyramid of three resolutions, continued from the model of stage 1.
+
+  python train.py --config configs/tiny_stage2.py --workdir runs/stage2
+
+It starts from assets/helios-tiny; for another model of stage 1, --config.objective.init_from=runs/stage1/export. Data
+as for configs/tiny_stage1.py. At 64x128 the latents are 8x16, so the levels are 2x4, 4x8 and 8x16 latents: 2, 8 and 32
+tokens of 2x2 for each of a chunk's 9 frames; history is always seen at 8x16. Sides that are no multiples of 64 pixels
+cannot have three levels.
+
+Hardware: any CPU of two cores with 4 GB of memory, or one GPU or TPU chip.
+Time: not measured. A step of 16 samples runs the transformer on four noisy versions of each.
+Result: runs/stage2/export, a Mid model for sample.py and for diffusers (HeliosPyramidPipeline with CFG-Zero*).
+
+As in configs/tiny_stage1.py all parameters are trained, their average is kept and a tenth of the captions is empty.
+The middle level counts twice, as in the original's first run of stage 2.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict({
+        "objective": {
+            "name": "stage2",
+            "data": "data/latents",
+            "model": "assets/helios-tiny",
+            "init_from": "assets/helios-tiny",
+            "transformer": {
+                "num_attention_heads": 5, "attention_head_dim": 32, "rope_dim": (12, 10, 10), "num_layers": 6,
+                "ffn_dim": 640, "text_dim": 64, "freq_dim": 128,
+            },
+            "lora": {"rank": 0, "alpha": 0.0, "targets": ("all-linear",), "full": (), "base_dtype": "float32"},
+            "dtype": "float32",
+            "unroll": 0,
+            "threads": 1,
+            "task_mix": {"t2v": 0.4, "i2v": 0.1, "v2v": 0.4},
+            "corruption": {"mode": "noise", "clean_probability": 0.1},
+            "timesteps": "uniform",
+            "sample_ratios": (1, 2, 1),
+            "caption_dropout": 0.1,
+            "sample": {
+                "prompts": (
+                    "a red circle moves to the right over a dark background",
+                    "a blue square drifts up over a light background",
+                    "a yellow triangle glides diagonally down left over a gradient background",
+                    "a purple cross slides to the upper right over a striped background",
+                ),
+                "num_frames": 99, "steps": 10, "guidance": 5.0, "reader_prompts": 16, "reader_frames": 66,
+            },
+            "validation": {"data": "", "items": 64, "batch_size": 16},
+            "export_dtype": "bfloat16",
+        },
+        "seed": 1,
+        "batch_size": 16,
+        "num_steps": 4000,
+        "log_every": 50,
+        "checkpoint_every": 250,
+        "keep_last": 2,
+        "sample_every": 1000,
+        "tensorboard": True,
+        "ema_decay": 0.999,
+        "optimizer": {
+            "name": "muon", "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100, "final_fraction": 0.02,
+            "weight_decay": 0.01, "b2": 0.99, "clip_norm": 1.0,
+        },
+    })
