@@ -187,3 +187,24 @@ def test_every_way_of_being_broken_is_named(tmp_path, video):
                       + bytes(8))
     with pytest.raises(BrokenClip, match="no video stream"):
         list(read_frames(sound, 0, 1))
+
+
+def test_damage_anywhere_gives_frames_of_one_size_or_a_broken_clip_and_nothing_else(tmp_path, video):
+    content, rng = video.read_bytes(), np.random.default_rng(0)
+    path, outcomes = tmp_path / "damaged.mp4", set()
+    for number in range(45):
+        damaged = bytearray(content)
+        place = int(rng.integers(len(damaged)))
+        if number % 3 == 0:
+            for other in rng.integers(0, len(damaged), 8):
+                damaged[other] = rng.integers(256)
+        elif number % 3 == 1:
+            damaged[place:place + 100] = rng.bytes(100)
+        path.write_bytes(bytes(damaged[:place] if number % 3 == 2 else damaged))
+        try:
+            frames = list(read_frames(path, 70, 33))
+            outcomes.add("frames")
+            assert len(frames) == 33 and len({frame.shape for frame in frames}) == 1
+        except BrokenClip:
+            outcomes.add("broken")
+    assert outcomes == {"frames", "broken"}

@@ -293,7 +293,7 @@ def read_frames(path: str | Path, first: int, count: int) -> Iterator[np.ndarray
             if times is not None and len(times) < first + count:
                 raise BrokenClip(f"the video has {len(times)} frames, frames {first} to {first + count - 1} are wanted")
         wanted = None if times is None else times[first:first + count]
-        produced = 0
+        produced, shape = 0, None
         # Not every container lands at or before the frame that was sought; then it is read from its beginning.
         for from_start in ([True] if wanted is None or not first else [False, True]):
             with av.open(str(path)) as container:
@@ -311,7 +311,11 @@ def read_frames(path: str | Path, first: int, count: int) -> Iterator[np.ndarray
                         break
                     if frame.is_corrupt:
                         raise BrokenClip(f"frame {first + produced} is damaged")
-                    yield frame_to_rgb(frame)
+                    rgb = frame_to_rgb(frame)
+                    if shape not in (None, rgb.shape):
+                        raise BrokenClip(f"the size of the video changes at frame {first + produced}")
+                    shape = rgb.shape
+                    yield rgb
                     produced += 1
                     if produced == count:
                         return
