@@ -52,6 +52,8 @@ def get_config() -> ConfigDict:
         },
         "seed": 1,
         "batch_size": 16,
+        "accumulate": 1,
+        "mesh": {"data": 1, "fsdp": 1, "context": 1, "tensor": 1},
         "num_steps": 4000,
         "log_every": 50,
         "checkpoint_every": 250,

@@ -23,6 +23,8 @@ from helios_jax.training.loop import train
 from helios_jax.training.metrics import VideoFileWriter
 from tests.tiny_training import write_latents, write_model_folder
 
+pytestmark = pytest.mark.slow  # five minutes of processor time, most of it compilation
+
 PROMPT = "a red circle moves right over a dark background"
 SIZE = (64, 64)  # latents 8x8: the levels are 2x2, 4x4 and 8x8, so the smallest is one token per frame
 SHAPE = {"num_attention_heads": 2, "attention_head_dim": 8, "rope_dim": (4, 2, 2), "text_dim": 8, "freq_dim": 8,

@@ -18,8 +18,8 @@ from helios_jax.models.inputs import History
 from helios_jax.models.transformer import HeliosTransformer
 from helios_jax.training import flow
 from helios_jax.training.config import OptimizerConfig
-from helios_jax.training.loop import initial_state
 from helios_jax.training.optim import make_optimizer
+from helios_jax.training.program import initial_state
 from helios_jax.training.weights import PARTIAL_FILE, LoraConfig, LoraTraining
 
 TINY = TransformerConfig(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=6,
