@@ -1,13 +1,14 @@
 """Tile sizes of the Hopper kernels, per device: the one place to change after a measurement.
 
-None of these rows was measured on a card. They are the largest sizes with which the kernels compile for an H100
-without running out of registers (``benchmarks/compile_gpu.py`` prints what they use); ``docs/kernels_gpu.md`` explains
-what limits each.
+None of these rows was measured on a card. With them the kernels compile for an H100 without running out of registers
+(``benchmarks/compile_gpu.py`` checks that); ``docs/kernels_gpu.md`` explains what limits each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+
+from helios_jax.errors import UserError
 
 ROWS_PER_WARPGROUP = 64  # the M of one wgmma instruction
 COMPUTE_WARPGROUPS = 2  # they alternate between tensor cores and exponentials; a third warpgroup only copies
@@ -28,9 +29,9 @@ class LoopTiles:
 
     def __post_init__(self):
         if self.rows <= 0 or self.rows % 64:
-            raise ValueError(f"LoopTiles.rows: a positive multiple of 64, got {self.rows}")
+            raise UserError(f"LoopTiles.rows: a positive multiple of 64, got {self.rows}")
         if self.stages < 2:
-            raise ValueError(f"LoopTiles.stages: at least 2, got {self.stages}")
+            raise UserError(f"LoopTiles.stages: at least 2, got {self.stages}")
 
 
 @dataclasses.dataclass(frozen=True)
