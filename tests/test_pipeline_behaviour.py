@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helios_jax.convert.folder import ModelFolder
+from helios_jax.convert.folder import ModelFolder, read_component_config
+from helios_jax.convert.load import load_component
 from helios_jax.convert.rules import leaves
 from helios_jax.convert.safetensors_io import write_safetensors
 from helios_jax.diffusion.noise import SeededNoise, TorchGeneratorNoise
 from helios_jax.errors import UserError
+from helios_jax.models.vae import WanVAE
 from helios_jax.pipeline import pipeline as pipeline_module
 from helios_jax.pipeline.pipeline import HeliosPipeline
 from helios_jax.pipeline.prompts import PromptTrack, blend_weight, rows_needed, with_rows
@@ -212,12 +214,17 @@ def test_videos_in_one_program_differ_by_rounding_only(base):
         assert np.abs(a.latents - b.latents).max() < 1e-5 * np.ptp(b.latents)  # measured: 5e-7
 
 
-def test_a_chunk_too_large_to_decode_whole_is_decoded_in_steps_to_the_same_frames(base, folders, monkeypatch):
+def test_a_chunk_too_large_to_decode_whole_is_decoded_in_steps_to_the_same_frames(monkeypatch):
+    # The VAE in the box: the tiny checkpoints' norms over four channels meet vectors near zero, where rounding rules.
+    folder = ROOT / "assets/helios-tiny/vae"
+    config = read_component_config(folder, "vae")
+    params, vae = load_component(folder, "vae", config, dtype=jnp.float32), WanVAE(config)
+    latents = jax.random.normal(jax.random.key(0), (1, 9, 8, 8, config.z_dim))
+    whole = jax.jit(lambda z: pipeline_module._decode_chunk(vae, params, z))(latents)
     monkeypatch.setattr(pipeline_module, "WHOLE_DECODE_BYTES", 0)
-    in_steps = HeliosPipeline.from_pretrained(folders["base"])
-    for a, b in zip(in_steps.stream(PROMPTS[0], **SMALL), base.stream(PROMPTS[0], **SMALL), strict=True):
-        np.testing.assert_array_equal(a.latents, b.latents)
-        assert np.abs(a.frames - b.frames).max() < 1e-5
+    in_steps = jax.jit(lambda z: pipeline_module._decode_chunk(vae, params, z))(latents)
+    assert in_steps.shape == whole.shape == (1, 33, 64, 64, 3)
+    assert np.abs(in_steps - whole).max() < 1e-5
 
 
 def test_the_number_of_devices_changes_rounding_only(base, folders, tmp_path):
