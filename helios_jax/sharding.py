@@ -9,7 +9,8 @@ mesh axes each name is divided:
     context   the tokens of one sample; around attention its heads, by an all-to-all
     tensor    heads and hidden units of one layer
 
-The compiler derives the communication. On one device nothing here changes anything.
+The compiler derives the communication; attention alone exchanges tokens for heads itself. On one device nothing here
+changes anything.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.errors import UserError
 from kernels.attention import partition as attention_partition
+from kernels.attention.partition import AttentionPartition
 
 PyTree = Any
 Names = tuple[str | None, ...]
@@ -42,7 +44,6 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # activations
     ("batch", ("data", "fsdp")),
     ("sequence", ("context",)),
-    ("attention_heads", ("tensor", "context")),  # inside attention, where every device sees all tokens
     ("hidden", ("tensor",)),
 )
 # Undeclared parameters with fewer numbers are kept whole on every device.
@@ -185,6 +186,11 @@ class Partition:
     def batch(self, shape: Sequence[int]) -> NamedSharding:
         """Of an array whose leading axis is the batch."""
         return self.sharding(("batch", *[None] * (len(shape) - 1)), shape)
+
+    @property
+    def attention(self) -> AttentionPartition:
+        """Which mesh axes divide the samples, tokens and heads of an attention."""
+        return AttentionPartition(self.mesh, self.axes("batch"), self.axes("sequence"), self.axes("heads"))
 
     def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
         """Raises UserError unless every device gets equally many samples in each of ``accumulate`` parts."""
@@ -333,7 +339,7 @@ def use(partition: Partition) -> Iterator[None]:
     """Within it, :func:`constrain` and the input pipelines know the mesh, and attention runs device by device."""
     token = _CURRENT.set(partition)
     try:
-        with attention_partition.use(partition.mesh, partition.axes("batch"), partition.axes("attention_heads")):
+        with attention_partition.use(partition.attention):
             yield
     finally:
         _CURRENT.reset(token)

@@ -142,6 +142,12 @@ def test_a_mesh_that_does_not_divide_is_one_clear_line():
         MeshConfig(data=4, fsdp=4).resolve(8)
     with pytest.raises(UserError, match=r"batch_size: 6 does not divide by 8 \(mesh.data 2 x mesh.fsdp 2 x acc"):
         partition(data=2, fsdp=2, tensor=2).check_batch(6, 2)
+    attention = partition(data=2, context=2, tensor=2).attention
+    attention.check(4, 6)  # three heads of two samples on a device: six, over two
+    with pytest.raises(UserError, match=r"5 attention heads do not divide by 2 \(mesh.tensor 2\)"):
+        attention.check(4, 5)
+    with pytest.raises(UserError, match=r"heads times samples of one device, here 3, do not divide by 2 \(mesh.con"):
+        attention.check(2, 6)
 
 
 def test_without_a_mesh_nothing_is_constrained():
