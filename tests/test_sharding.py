@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from helios_jax.data import pipeline
-from helios_jax.data.pipeline import clip_dataset, latent_dataset
+from helios_jax.data.buckets import bucketed_dataset, folder_buckets
+from helios_jax.data.pipeline import clip_dataset
 from helios_jax.data.random_latents import write_random_latents
 from helios_jax.errors import UserError
 from helios_jax.models.partition import declared_axes
@@ -164,7 +165,7 @@ def test_processes_read_their_rows_of_the_same_batches(rows, monkeypatch, tmp_pa
         monkeypatch.setattr(pipeline, "local_rows", lambda batch_size: own and np.array(own))
         return iter(make())
 
-    for make, field in ((lambda: latent_dataset(tmp_path, 6, seed=1), "target"),
+    for make, field in ((lambda: bucketed_dataset(folder_buckets(tmp_path), 6, seed=1), "target"),
                         (lambda: clip_dataset(6, seed=1, frames=1), "video")):
         whole = stream(make, None)
         expected = [next(whole)[field] for _ in range(3)]

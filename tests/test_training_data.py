@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from helios_jax.data import shapes
+from helios_jax.data.buckets import bucketed_dataset, folder_buckets
 from helios_jax.data.build_latents import BuildConfig, build, clip_captions
-from helios_jax.data.pipeline import LatentFolder, clip_dataset, latent_dataset, training_item
+from helios_jax.data.pipeline import LatentFolder, clip_dataset, training_item
 from helios_jax.data.records import LatentRecord, decode_record, encode_record
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
@@ -100,7 +101,7 @@ def test_every_look_at_a_record_is_a_fresh_sample_of_the_posterior():
     shape = (2, 9, 4, 4, 2)
     record = dataclasses.replace(numbered_record(2), mean=np.full(shape, 2, np.float16),
                                  std=np.full(shape, 0.5, np.float16))
-    samples = np.stack([record.sample(rng) for _ in range(50)])
+    samples = np.stack([record.sample(rng, (0, 1)) for _ in range(50)])
     assert abs(samples.mean() - 2) < 0.02 and abs(samples.std() - 0.5) < 0.02
     assert samples.dtype == np.float32 and not np.array_equal(samples[0], samples[1])
 
@@ -111,6 +112,21 @@ def test_the_anchor_and_its_copy_in_the_history_are_one_sample():
         item = training_item(record, np.random.default_rng(seed), HistoryLayout(), text_rows=5)
         if item["section"] == 1:
             assert item["anchor"].item() == item["history"].ravel()[10]
+
+
+def test_only_sections_that_are_used_are_sampled(monkeypatch):
+    """At most the section, three before it and the first; what is not used has no numbers at all."""
+    record, asked = numbered_record(7), []
+    sample = LatentRecord.sample
+    monkeypatch.setattr(LatentRecord, "sample", lambda self, rng, sections: asked.append(list(sections)) or sample(
+        self, rng, sections))
+    for seed in range(60):
+        item = training_item(record, np.random.default_rng(seed), HistoryLayout(), text_rows=5)
+        section = int(item["section"])
+        assert asked[-1] == sorted({0, *range(max(section - 3, 0), section + 1)})
+        assert item["target"].ravel()[0] == 9 * section + 1 and item["anchor"].item() == (section > 0)
+        assert item["history"].ravel()[-1] == 9 * section
+    assert [0, 3, 4, 5, 6] in asked and [0] in asked
 
 
 def test_records_survive_their_serialised_form(folder):
@@ -176,7 +192,7 @@ def test_an_interrupted_build_ends_equal_and_workers_share_one_folder(folder, tm
 
 
 def test_every_epoch_has_every_record_once_in_another_order_and_shows_it_differently(folder):
-    dataset = latent_dataset(folder, 1, seed=5)
+    dataset = bucketed_dataset(folder_buckets(folder), 1, seed=5)
     targets = [batch["target"][0] for batch in take(dataset, 18)]
     means = [decode_record(latent_source(folder)[i]).mean.astype(np.float32) for i in range(6)]
 
@@ -191,7 +207,7 @@ def test_every_epoch_has_every_record_once_in_another_order_and_shows_it_differe
 
 
 def test_batches_have_the_promised_shapes_and_types(folder):
-    batch = take(latent_dataset(folder, 4, seed=0, threads=2), 1)[0]
+    batch = take(bucketed_dataset(folder_buckets(folder), 4, seed=0, threads=2), 1)[0]
     rows = LatentFolder.open(folder).text_rows
     expected = {"anchor": ((4, 1, 8, 16, CHANNELS), np.float32), "history": ((4, 19, 8, 16, CHANNELS), np.float32),
                 "target": ((4, 9, 8, 16, CHANNELS), np.float32), "section": ((4,), np.int32),
@@ -218,7 +234,8 @@ def test_clips_are_those_of_their_seeds_and_no_two_runs_share_one():
 
 @pytest.mark.parametrize("make", [
     lambda folder, threads: clip_dataset(2, seed=1, frames=2, threads=threads),
-    lambda folder, threads: latent_dataset(folder, 4, seed=1, threads=threads),  # 4 does not divide 6: epochs overlap
+    # 4 does not divide 6: epochs overlap
+    lambda folder, threads: bucketed_dataset(folder_buckets(folder), 4, seed=1, threads=threads),
 ])
 def test_a_saved_position_continues_the_stream_whatever_the_threads(make, folder):
     whole = take(make(folder, 1), 8)
@@ -231,10 +248,10 @@ def test_a_saved_position_continues_the_stream_whatever_the_threads(make, folder
 
 
 def test_wrong_data_is_one_clear_line(folder, tmp_path):
-    with pytest.raises(UserError, match="holds no dataset.json"):
-        latent_dataset(tmp_path, 2, seed=0)
+    with pytest.raises(UserError, match="holds neither buckets.json nor dataset.json"):
+        bucketed_dataset(folder_buckets(tmp_path), 2, seed=0)
     with pytest.raises(UserError, match="chunk 5"):
-        latent_dataset(folder, 2, seed=0, layout=HistoryLayout(chunk=5))
+        bucketed_dataset(folder_buckets(folder), 2, seed=0, layout=HistoryLayout(chunk=5))
     with pytest.raises(UserError, match="split: got 'test'"):
         clip_dataset(2, seed=0, split="test")
     with pytest.raises(UserError, match="seed: 0 to"):
@@ -250,12 +267,12 @@ def test_wrong_data_is_one_clear_line(folder, tmp_path):
     broken, file = copy("missing")
     file.unlink()
     with pytest.raises(UserError, match="lacks 1 of 2 record files"):
-        latent_dataset(broken, 2, seed=0)
+        bucketed_dataset(folder_buckets(broken), 2, seed=0)
     broken, file = copy("truncated")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="data: "):
-        latent_dataset(broken, 2, seed=0)
+        bucketed_dataset(folder_buckets(broken), 2, seed=0)
     broken, _ = copy("description")
     (broken / "dataset.json").write_text('{"sections": 3')
     with pytest.raises(UserError, match="dataset.json is damaged"):
-        latent_dataset(broken, 2, seed=0)
+        bucketed_dataset(folder_buckets(broken), 2, seed=0)

@@ -368,7 +368,7 @@ def test_gradients_are_finite_and_reach_every_parameter(dtype):
     ({"timestep_shift": 0.0}, "objective.timestep_shift"),
     ({"dtype": "float16"}, "objective.dtype"), ({"timesteps": "cosmap"}, "objective.timesteps"),
     ({"caption_dropout": 1.5}, "objective.caption_dropout"), ({"remat": "everything"}, "objective.remat"),
-    ({"data": "/nowhere"}, "holds no dataset.json"),
+    ({"data": "/nowhere"}, "holds neither buckets.json nor dataset.json"),
 ])
 def test_wrong_settings_are_named(change, message):
     from helios_jax.training.config import RunConfig

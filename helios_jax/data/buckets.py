@@ -10,15 +10,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from helios_jax.data.extract import BUCKETS_FILE
-from helios_jax.data.pipeline import DATASET_FILE, LatentFolder, training_item
+from helios_jax.data.pipeline import (
+    BUCKETS_FILE,
+    DATASET_FILE,
+    LatentFolder,
+    read_ahead,
+    row_batches,
+    training_item,
+)
 from helios_jax.data.records import LatentRecord, decode_record
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
@@ -52,45 +58,36 @@ class Bucket:
     text_dim: int
 
 
-def folder_buckets(root: str | Path) -> tuple[Bucket, ...]:
-    """The sizes of a data set of :mod:`helios_jax.data.extract`, or a folder of one size as the only bucket.
+def latent_folders(root: str | Path) -> dict[str, LatentFolder]:
+    """The sizes of a data set of :mod:`helios_jax.data.extract` by name; a folder of one size is the only one, ''.
 
     Raises:
       UserError: no such data set, or a damaged one.
     """
     root = Path(root)
     if (root / DATASET_FILE).is_file():
-        names = [""]
-    else:
-        try:
-            names = sorted(json.loads((root / BUCKETS_FILE).read_text(encoding="utf-8"))["buckets"])
-        except FileNotFoundError:
-            raise UserError(f"data: {root} holds neither {BUCKETS_FILE} nor {DATASET_FILE}; build it with python -m "
-                            "helios_jax.data.extract, with all workers finished") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"data: {root / BUCKETS_FILE} is damaged ({type(error).__name__}: {error})") from None
-    buckets = []
-    for name in names:
-        folder = LatentFolder.open(root / name)
-        buckets.append(Bucket(name, folder.source(), decode_record,
-                              (folder.frames, folder.height, folder.width, folder.channels), folder.text_rows,
-                              folder.text_dim))
-    return tuple(buckets)
+        return {"": LatentFolder.open(root)}
+    try:
+        names = sorted(json.loads((root / BUCKETS_FILE).read_text(encoding="utf-8"))["buckets"])
+    except FileNotFoundError:
+        raise UserError(f"data: {root} holds neither {BUCKETS_FILE} nor {DATASET_FILE}; build it with python -m "
+                        "helios_jax.data.build_latents or extract, with all workers finished") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data: {root / BUCKETS_FILE} is damaged ({type(error).__name__}: {error})") from None
+    if not names:
+        raise UserError(f"data: {root / BUCKETS_FILE} lists no size")
+    return {name: LatentFolder.open(root / name) for name in names}
 
 
-class _RowsOfBatches(grain.transforms.DatasetSelectionMap):
-    """Item n of a process: its row n mod R of the global batch n div R, where R rows are its own."""
+def most_frequent(folders: Mapping[str, LatentFolder]) -> LatentFolder:
+    """The size with most records (of several, the first by name): what a model of these data is sampled at."""
+    return max(folders.values(), key=lambda folder: folder.num_records)
 
-    def __init__(self, rows: Sequence[int], batch_size: int, num_items: int):
-        self._rows, self._batch_size = rows, batch_size
-        self._length = num_items // batch_size * len(rows)
 
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        batch, row = divmod(index, len(self._rows))
-        return 0, batch * self._batch_size + int(self._rows[row])
+def folder_buckets(root: str | Path) -> tuple[Bucket, ...]:
+    """The buckets of a data set or a folder of one size. Raises UserError, see :func:`latent_folders`."""
+    return tuple(Bucket(name, folder.source(), decode_record, folder.latents, folder.text_rows, folder.text_dim)
+                 for name, folder in latent_folders(root).items())
 
 
 def bucketed_dataset(buckets: Sequence[Bucket], batch_size: int, seed: int, layout: HistoryLayout | None = None, *,
@@ -107,7 +104,7 @@ def bucketed_dataset(buckets: Sequence[Bucket], batch_size: int, seed: int, layo
       seed: of order, sections, posterior samples and captions; not negative.
       layout: sizes of history and chunk; the default is (16, 2, 1) and 9.
       threads: that read and decode ahead.
-      rows: of the global batch, which this process reads; all by default.
+      rows: of the global batch, which this process reads; default: those of its devices on the mesh in use, or all.
 
     Yields: the arrays of :func:`helios_jax.data.pipeline.training_item`, stacked. "text" has the rows of the longest
       caption of all buckets; only latent height and width differ from batch to batch.
@@ -120,9 +117,8 @@ def bucketed_dataset(buckets: Sequence[Bucket], batch_size: int, seed: int, layo
         raise UserError("data: at least one bucket expected, got none")
     if batch_size < 1 or seed < 0:
         raise UserError(f"batch_size: positive and seed: not negative expected, got {batch_size} and {seed}")
-    rows = tuple(range(batch_size)) if rows is None else tuple(int(row) for row in rows)
-    if not rows or len(set(rows)) != len(rows) or not all(0 <= row < batch_size for row in rows):
-        raise UserError(f"rows: different numbers from 0 to {batch_size - 1} expected, got {rows}")
+    if rows is not None and (not rows or len(set(rows)) != len(rows) or not set(rows) <= set(range(batch_size))):
+        raise UserError(f"rows: different numbers from 0 to {batch_size - 1} expected, got {tuple(rows)}")
     text_rows = max(bucket.text_rows for bucket in buckets)
     for bucket in buckets:
         if bucket.latents[0] != layout.chunk:
@@ -140,10 +136,8 @@ def bucketed_dataset(buckets: Sequence[Bucket], batch_size: int, seed: int, layo
 
         own_seed = zlib.crc32(f"{seed}|{number}|{bucket.name}".encode())  # no two buckets are shuffled alike
         items = grain.MapDataset.source(bucket.source).seed(own_seed).shuffle().repeat().random_map(item)
-        if rows != tuple(range(batch_size)):
-            items = grain.MapDataset.select_from_datasets([items], _RowsOfBatches(rows, batch_size, len(items)))
-        return items.batch(len(rows), drop_remainder=True)
+        return row_batches(items, batch_size, rows)
 
     mixed = grain.MapDataset.mix([batches(n, bucket) for n, bucket in enumerate(buckets)],
                                  weights=[len(bucket.source) for bucket in buckets])
-    return mixed.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    return read_ahead(mixed, threads)

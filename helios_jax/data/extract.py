@@ -26,14 +26,13 @@ import safetensors.numpy
 
 from helios_jax.data import videos
 from helios_jax.data.encoders import EncodeText, EncodeVideo, encode_captions, encode_sections, encoders
-from helios_jax.data.pipeline import DATASET_FILE, EMPTY_PROMPT_FILE
+from helios_jax.data.pipeline import BUCKETS_FILE, DATASET_FILE, EMPTY_PROMPT_FILE
 from helios_jax.data.records import LatentRecord, encode_record
 from helios_jax.data.videos import BrokenClip, Buckets, Clip, LeftOut
 from helios_jax.data.writing import guard, parse_worker, record_file, write_bytes, write_json
 from helios_jax.errors import UserError, command_line
 
 BUILD_FILE = "build.json"
-BUCKETS_FILE = "buckets.json"
 REPORT_FILE = "report.json"
 _DEFAULT_FPS = 24  # where no entry of the metadata names one
 

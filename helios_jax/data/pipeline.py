@@ -1,15 +1,17 @@
-"""Grain input pipelines: procedural clips for the autoencoder, pre-computed latents for the transformer.
+"""Grain input pipelines: procedural clips, one item of pre-computed latents, and what batches are made of.
 
-Both yield dicts of numpy arrays with the batch as leading axis, without end, and their iterators can save and restore
-their position (``get_state``, ``set_state``). Every random choice belongs to one item and one epoch: the same seed
-gives the same stream, whatever the number of reader threads and of processes, and no two epochs show an item in the
-same way. (The original's loader never told its workers the epoch, so a clip kept one section for the whole run.)
+The pipelines (:func:`clip_dataset` here, :func:`helios_jax.data.buckets.bucketed_dataset` for latents) yield dicts of
+numpy arrays with the batch as leading axis, without end, and their iterators can save and restore their position
+(``get_state``, ``set_state``). Every random choice belongs to one item and one epoch: the same seed gives the same
+stream, whatever the number of reader threads and of processes, and no two epochs show an item in the same way. (The
+original's loader never told its workers the epoch, so a clip kept one section for the whole run.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import grain
@@ -17,21 +19,22 @@ import numpy as np
 import safetensors.numpy
 
 from helios_jax.data import shapes
-from helios_jax.data.records import LatentRecord, decode_record
+from helios_jax.data.records import LatentRecord
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
 from helios_jax.sharding import local_rows
 
 # Clips of different seeds must not overlap: a run with seed s draws the clips s * 2^32 + 0, 1, 2, ...
 _CLIPS_PER_SEED = 2**32
-DATASET_FILE = "dataset.json"
+DATASET_FILE = "dataset.json"  # of the records of one size
+BUCKETS_FILE = "buckets.json"  # of a data set of several sizes, each in a folder
 EMPTY_PROMPT_FILE = "empty_prompt.safetensors"
 
 
 class _RowsOfBatches(grain.transforms.DatasetSelectionMap):
     """Item n of a process: its row n mod R of the global batch n div R, where R rows are its own."""
 
-    def __init__(self, rows: np.ndarray, batch_size: int, num_items: int):
+    def __init__(self, rows: Sequence[int], batch_size: int, num_items: int):
         self._rows, self._batch_size = rows, batch_size
         self._length = num_items // batch_size * len(rows)
 
@@ -43,7 +46,7 @@ class _RowsOfBatches(grain.transforms.DatasetSelectionMap):
         return 0, batch * self._batch_size + int(self._rows[row])
 
 
-def batches(items: grain.MapDataset, batch_size: int, threads: int) -> grain.IterDataset:
+def row_batches(items: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None) -> grain.MapDataset:
     """Batches of an endless stream of items; with several processes, this process' rows of each.
 
     Row r of batch b is item b * batch_size + r, whichever process reads it, and the position in the stream is the
@@ -52,14 +55,22 @@ def batches(items: grain.MapDataset, batch_size: int, threads: int) -> grain.Ite
     Args:
       items: without end.
       batch_size: of the global batch.
-      threads: that read ahead.
+      rows: of the global batch, which this process reads; default: those of its devices on the mesh in use, or all.
     """
-    rows = local_rows(batch_size)
+    rows = local_rows(batch_size) if rows is None else rows
     if rows is not None:
         items = grain.MapDataset.select_from_datasets([items], _RowsOfBatches(rows, batch_size, len(items)))
-    size = batch_size if rows is None else len(rows)
-    return (items.batch(size, drop_remainder=True)
-            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    return items.batch(batch_size if rows is None else len(rows), drop_remainder=True)
+
+
+def read_ahead(batches: grain.MapDataset, threads: int) -> grain.IterDataset:
+    """The batches one after another; ``threads`` of them read and decode ahead."""
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+
+
+def batches(items: grain.MapDataset, batch_size: int, threads: int) -> grain.IterDataset:
+    """:func:`row_batches`, read ahead: what an objective has as its data set."""
+    return read_ahead(row_batches(items, batch_size), threads)
 
 
 def clip_dataset(batch_size: int, seed: int, *, frames: int = 33, height: int = shapes.HEIGHT,
@@ -143,6 +154,11 @@ class LatentFolder:
                             f"{missing[0]}")
         return folder
 
+    @property
+    def latents(self) -> tuple[int, int, int, int]:
+        """Frames, height, width and channels of a section."""
+        return self.frames, self.height, self.width, self.channels
+
     def source(self) -> grain.sources.ArrayRecordDataSource:
         """Random access to the serialised records.
 
@@ -158,8 +174,11 @@ class LatentFolder:
             raise UserError(f"data: {self.root} holds {count} records, its dataset.json says {self.num_records}")
         return source
 
-    def empty_prompt(self) -> tuple[np.ndarray, int]:
+    def empty_prompt(self, text_rows: int | None = None) -> tuple[np.ndarray, int]:
         """Embedding of the empty prompt, float32 [text_rows, D] with zeros behind it, and its number of rows.
+
+        Args:
+          text_rows: at least those of the folder, which are the default.
 
         Raises:
           UserError: its file is missing or damaged.
@@ -169,7 +188,7 @@ class LatentFolder:
             text = safetensors.numpy.load(path.read_bytes())["text"]
         except Exception as error:  # the reader is a Rust extension with exceptions of its own
             raise UserError(f"data: {path} cannot be read ({type(error).__name__}: {error})") from None
-        padded = np.zeros((self.text_rows, self.text_dim), np.float32)
+        padded = np.zeros((text_rows or self.text_rows, self.text_dim), np.float32)
         padded[: len(text)] = text
         return padded, len(text)
 
@@ -187,40 +206,12 @@ def training_item(record: LatentRecord, rng: np.random.Generator, layout: Histor
     Returns: "anchor" [1, h, w, C], "history" [19, h, w, C], "target" [9, h, w, C] float32 normalised latents;
       "section" int32 []; "text" [text_rows, D] float32; "text_length" int32 [].
     """
-    sections = record.mean.shape[0]
-    section = int(rng.integers(sections))
+    section = int(rng.integers(record.mean.shape[0]))
     phrasing = int(rng.integers(record.num_captions))
-    latents = record.sample(rng)  # [S, 9, h, w, C]
-    window = layout.training_window(latents.reshape(-1, *latents.shape[2:]), section)  # [S*9, h, w, C]
+    # The section, those that its history reaches into, and the first one, where the anchor is.
+    used = sorted({0, *range(max(section - -(-layout.frames // layout.chunk), 0), section + 1)})
+    latents = record.sample(rng, used)  # [U, 9, h, w, C]
+    window = layout.training_window(latents.reshape(-1, *latents.shape[2:]), used.index(section))  # of [U*9, h, w, C]
     rows, length = record.caption_rows(phrasing, text_rows)
     return {"anchor": window.anchor, "history": window.history, "target": window.target,
             "section": np.int32(section), "text": rows, "text_length": np.int32(length)}
-
-
-def latent_dataset(root: str | Path, batch_size: int, seed: int, layout: HistoryLayout | None = None,
-                   threads: int = 1) -> grain.IterDataset:
-    """Shuffled training items from a folder of latent records; every epoch is in another order.
-
-    Args:
-      root: written by :mod:`helios_jax.data.build_latents`.
-      batch_size: items per batch; a batch may span two epochs.
-      seed: of order, sections, posterior samples and phrasings.
-      layout: sizes of history and chunk; the default is (16, 2, 1) and 9.
-      threads: that read and decode ahead.
-
-    Yields: the arrays of :func:`training_item`, stacked.
-
-    Raises:
-      UserError: see :class:`LatentFolder`; also if the chunk of ``layout`` differs from the stored sections.
-    """
-    layout = layout or HistoryLayout()
-    folder = LatentFolder.open(root)
-    if folder.frames != layout.chunk:
-        raise UserError(f"data: sections of {root} have {folder.frames} latent frames, the model's chunk "
-                        f"{layout.chunk}")
-
-    def item(serialised: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return training_item(decode_record(serialised), rng, layout, folder.text_rows)
-
-    items = grain.MapDataset.source(folder.source()).seed(seed).shuffle().repeat().random_map(item)
-    return batches(items, batch_size, threads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,10 @@ class LatentRecord:
     def num_captions(self) -> int:
         return len(self.text_lengths)
 
-    def sample(self, rng: np.random.Generator) -> np.ndarray:
-        """A sample of the posterior, float32 [S, T, h, w, C]."""
-        noise = rng.standard_normal(self.mean.shape, dtype=np.float32)
-        return self.mean.astype(np.float32) + self.std.astype(np.float32) * noise
+    def sample(self, rng: np.random.Generator, sections: Sequence[int]) -> np.ndarray:
+        """A sample of the posterior of some sections, float32 [U, T, h, w, C]."""
+        mean, std = (array[np.asarray(sections)].astype(np.float32) for array in (self.mean, self.std))
+        return mean + std * rng.standard_normal(mean.shape, dtype=np.float32)
 
     def caption_rows(self, index: int, rows: int) -> tuple[np.ndarray, int]:
         """Embedding of caption ``index``, float32 [rows, D] with zeros behind it, and its own number of rows."""

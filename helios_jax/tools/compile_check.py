@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from helios_jax.data.pipeline import DATASET_FILE
+from helios_jax.data.buckets import latent_folders
+from helios_jax.data.pipeline import BUCKETS_FILE, DATASET_FILE
 from helios_jax.data.random_latents import write_random_latents
 from helios_jax.errors import UserError, command_line
 from helios_jax.tools.roofline import CHIPS, Chip, Collective, collectives, count_flops
@@ -104,14 +105,21 @@ def stand_in_data(values: Mapping[str, Any], size: tuple[int, int]) -> Iterator[
     """The run without what its step does not need: values and a note on what was replaced.
 
     Samples, validation and the model folder for them are dropped; a data folder that is not there is replaced by random
-    records of ``size`` (height and width in pixels) with captions of 512 rows.
+    records of ``size`` (height and width in pixels) with captions of 512 rows. Of data of several sizes the largest is
+    taken, whose step needs most memory.
     """
     values = {**values, "sample_every": 0, "objective": dict(values["objective"])}
     objective, notes = values["objective"], []
     for field in ("model", "sample", "validation"):
         objective.pop(field, None)
     with tempfile.TemporaryDirectory() as folder:
-        if "data" in objective and not (Path(objective["data"]) / DATASET_FILE).is_file():
+        data = Path(objective.get("data", ""))
+        if (data / BUCKETS_FILE).is_file():
+            sizes = latent_folders(data)
+            largest = max(sizes, key=lambda name: sizes[name].height * sizes[name].width)
+            objective["data"] = str(data / largest)
+            notes.append(f"{data}: data of several sizes, the step is that of {largest}")
+        elif "data" in objective and not (data / DATASET_FILE).is_file():
             transformer = objective.get("transformer", {})
             write_random_latents(folder, clips=1, sections=2, height=size[0] // 8, width=size[1] // 8,
                                  channels=transformer.get("in_channels", 16), text_rows=512,

@@ -29,7 +29,7 @@ from helios_jax.config import ModelIndex, SchedulerConfig, TransformerConfig
 from helios_jax.convert.folder import read_component_config
 from helios_jax.convert.load import load_component
 from helios_jax.convert.rules import abstract_params
-from helios_jax.data.pipeline import LatentFolder, latent_dataset
+from helios_jax.data.buckets import bucketed_dataset, folder_buckets, latent_folders, most_frequent
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.models.transformer import HeliosTransformer
 from helios_jax.training.config import RunConfig, require
@@ -92,7 +92,8 @@ class FlowConfig:
     """Settings that both stages have.
 
     Attributes:
-      data: folder of latent records, see :mod:`helios_jax.data.build_latents`.
+      data: folder of latent records of one size, or a data set of several sizes; see :mod:`helios_jax.data.extract` and
+        :mod:`helios_jax.data.build_latents`. Validation and samples have the most frequent size.
       model: model folder with the VAE, the text encoder and the tokenizer that made the records; needed for samples
         and for the exported model; empty for neither.
       transformer: its sizes.
@@ -315,7 +316,8 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
     """
     config: FlowConfig = run.objective
     layout = HistoryLayout()
-    folder = LatentFolder.open(config.data)
+    folders = latent_folders(config.data)
+    folder, text_rows = most_frequent(folders), max(size.text_rows for size in folders.values())
     require(folder.text_dim == config.transformer.text_dim,
             f"objective.transformer.text_dim: {config.data} holds embeddings of width {folder.text_dim}, got "
             f"{config.transformer.text_dim}")
@@ -325,7 +327,7 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
     model = HeliosTransformer(config.transformer, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
                               remat=config.remat)
     weights = trained_weights(config.lora, model)
-    rows, length = folder.empty_prompt()
+    rows, length = folder.empty_prompt(text_rows)
     base, load_params = _start_values(run, weights)
 
     errors = make_errors(config, layout, model, weights)
@@ -333,7 +335,7 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
     loaded_base = (lambda: None) if base is None else base.load
     measures: list[Callable[[PyTree], dict[str, float]]] = []
     if config.validation.items:
-        validation_loss = ValidationLoss(config.validation, folder, layout, errors, config.entries, frozen)
+        validation_loss = ValidationLoss(config.validation, folder, text_rows, layout, errors, config.entries, frozen)
         measures.append(lambda params: validation_loss(params, loaded_base()))
 
     sample = export = None
@@ -362,7 +364,7 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
 
     return Objective(
         init_params=weights.init, load_params=load_params, loss=make_loss(config, errors), per_sample_keys=True,
-        dataset=latent_dataset(config.data, run.batch_size, run.seed, layout, config.threads),
+        dataset=bucketed_dataset(folder_buckets(config.data), run.batch_size, run.seed, layout, threads=config.threads),
         frozen=frozen, base=base, sample=sample, fps=folder.fps, evaluate=evaluate if measures else None,
         export=export)
 

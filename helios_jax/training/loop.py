@@ -173,7 +173,7 @@ def _whole(program: Program, params: PyTree) -> PyTree:
 def _loop(program: Program, state: TrainState, frozen: PyTree, start: int, iterator: Any, checkpointer: Checkpointer,
           writers: Writers | None, stop: StopRequest, print_line: Callable[[str], None]) -> tuple[TrainState, int]:
     run = program.run
-    compiled = None
+    compiled: dict[Any, jax.stages.Compiled] = {}  # by the shapes of the batch: data of several sizes take turns
     pending: list[dict[str, jax.Array]] = []  # metrics of the steps since the last log line, still on the device
     vote = distributed.StopVote(program.partition.mesh)
     waited, interval_start, step = 0.0, time.perf_counter(), start
@@ -181,11 +181,15 @@ def _loop(program: Program, state: TrainState, frozen: PyTree, start: int, itera
         before = time.perf_counter()
         batch = sharding.place_batch(program.partition, next(iterator), run.batch_size)
         waited += time.perf_counter() - before
-        if compiled is None:
-            compiled = program.lower(batch).compile()
-            print_line(f"compiled the step in {duration(time.perf_counter() - before)}")
-            waited, interval_start = 0.0, time.perf_counter()
-        state, metrics = compiled(state, frozen, batch)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch))
+        if shapes not in compiled:
+            jax.block_until_ready(pending)  # steps in flight are timed, compiling is not
+            before = time.perf_counter()
+            compiled[shapes] = program.lower(batch).compile()
+            seconds = time.perf_counter() - before
+            print_line(f"compiled the step in {duration(seconds)}" + " (for data of another size)" * (step > start))
+            waited, interval_start = (0.0, time.perf_counter()) if step == start else (waited, interval_start + seconds)
+        state, metrics = compiled[shapes](state, frozen, batch)
         step += 1
         pending.append(metrics)
         if len(pending) > 1:  # at most two steps in flight: a signal or a save never waits for a long queue

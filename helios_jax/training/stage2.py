@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from helios_jax.config import ModelIndex, SchedulerConfig
-from helios_jax.data.pipeline import LatentFolder
+from helios_jax.data.buckets import latent_folders
 from helios_jax.diffusion import pyramid
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.schedules import stage_table
@@ -170,7 +170,7 @@ def build(run: RunConfig) -> Objective:
       UserError: the data or the model folder is missing or does not fit the transformer or the pyramid.
     """
     config: Config = run.objective
-    folder = LatentFolder.open(config.data)
-    check_size(config, folder.height, folder.width)
+    for folder in latent_folders(config.data).values():
+        check_size(config, folder.height, folder.width)
     index = ModelIndex(class_name="HeliosPyramidPipeline", is_cfg_zero_star=True)
     return flow.build(run, make_errors, index, config.scheduler)

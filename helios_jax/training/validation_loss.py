@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helios_jax.data.buckets import latent_folders
 from helios_jax.data.pipeline import LatentFolder, training_item
 from helios_jax.data.records import decode_record
 from helios_jax.diffusion.history import HistoryLayout
@@ -29,8 +30,8 @@ class ValidationConfig:
     """What the validation loss is measured on.
 
     Attributes:
-      data: folder of latent records that are not trained on (``build_latents --split held_out``); empty takes the
-        first records of the training data, a fixed slice that is trained on, too.
+      data: latent records that are not trained on (``build_latents --split held_out``), of the most frequent size of
+        the training data; empty takes the first ones of these, a fixed slice that is trained on, too.
       items: examples; item i is made of record i, beginning again where there are fewer; 0 switches it off.
       batch_size: examples of one program call; divides ``items``.
       seed: of sections, noise and decisions.
@@ -48,12 +49,29 @@ class ValidationConfig:
                 f"objective.validation.batch_size: must divide the {self.items} items, got {self.batch_size}")
 
 
+def _same_size(data: str, training: LatentFolder) -> LatentFolder:
+    """The records of the training data's size.
+
+    Raises:
+      UserError: there are none, or they are of another model.
+    """
+    folders = latent_folders(data).values()
+    folder = next((folder for folder in folders if folder.latents == training.latents), None)
+    require(folder is not None, f"objective.validation.data: {data} has latents of "
+            f"{', '.join(str(folder.latents) for folder in folders)} (frames, height, width, channels), the training "
+            f"data of {training.latents}")
+    require(folder.text_dim == training.text_dim, f"objective.validation.data: {data} has text_dim={folder.text_dim}, "
+            f"the training data have {training.text_dim}")
+    return folder
+
+
 class ValidationLoss:
     """Measures the loss of an objective on fixed examples.
 
     Args:
       config: which ones.
-      training: the folder of the training data.
+      training: the most frequent size of the training data.
+      text_rows: of the training data's longest caption.
       layout: of the history.
       errors: of the objective.
       levels: pyramid level of every entry.
@@ -63,18 +81,13 @@ class ValidationLoss:
       UserError: the validation data are missing or of another shape than the training data.
     """
 
-    def __init__(self, config: ValidationConfig, training: LatentFolder, layout: HistoryLayout, errors: ErrorFunction,
-                 levels: tuple[int, ...], frozen: PyTree):
-        folder = LatentFolder.open(config.data) if config.data else training
-        for field in ("frames", "height", "width", "channels", "text_dim"):
-            require(getattr(folder, field) == getattr(training, field),
-                    f"objective.validation.data: {config.data} has {field}={getattr(folder, field)}, the training data "
-                    f"have {getattr(training, field)}")
-        require(folder.text_rows <= training.text_rows,
-                f"objective.validation.data: {config.data} has captions of {folder.text_rows} rows, the training data "
-                f"have {training.text_rows} at most")
+    def __init__(self, config: ValidationConfig, training: LatentFolder, text_rows: int, layout: HistoryLayout,
+                 errors: ErrorFunction, levels: tuple[int, ...], frozen: PyTree):
+        folder = _same_size(config.data, training) if config.data else training
+        require(folder.text_rows <= text_rows, f"objective.validation.data: {config.data} has captions of "
+                f"{folder.text_rows} rows, the training data have {text_rows} at most")
         self._config, self._layout, self._levels, self._frozen = config, layout, levels, frozen
-        self._source, self._text_rows = folder.source(), training.text_rows
+        self._source, self._text_rows = folder.source(), text_rows
         self._errors = jax.jit(errors)
 
     def _item(self, index: int) -> dict[str, np.ndarray]:
