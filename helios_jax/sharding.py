@@ -40,13 +40,13 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embed", ("fsdp",)),
     ("heads", ("tensor",)),
     ("mlp", ("tensor",)),
-    ("largest", ("fsdp",)),  # the largest axis of a large parameter that declares none
+    ("largest", ("fsdp",)),  # the largest axis of a large parameter that is not divided so by the others
     # activations
     ("batch", ("data", "fsdp")),
     ("sequence", ("context",)),
     ("hidden", ("tensor",)),
 )
-# Undeclared parameters with fewer numbers are kept whole on every device.
+# Parameters with fewer numbers (per layer) are divided only as they declare.
 SMALL_PARAMETER = 2**16
 
 
@@ -216,8 +216,9 @@ def param_shardings(partition: Partition, abstract_params: PyTree) -> PyTree:
     """A sharding for every parameter, adapter or frozen array.
 
     Axis names come from the transformer's declarations, found by the end of the path; so a tree may hold the
-    transformer's parameters or adapters at any depth. The largest axis of any other large array is divided by the
-    rule "largest"; small ones are whole everywhere.
+    transformer's parameters or adapters at any depth. A large array that these names leave whole along the mesh axes of
+    the rule "largest" (half of all adapters, whose kernel has "embed" on the side of the other half) is divided over
+    them along its largest axis that is free, but never along its layers; small ones stay as they are.
 
     Args:
       partition: mesh and rules.
@@ -227,12 +228,14 @@ def param_shardings(partition: Partition, abstract_params: PyTree) -> PyTree:
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         shape = tuple(np.shape(leaf))
-        names = declared_axes(_path_names(path), len(shape))
-        if names is None:
-            names = [None] * len(shape)
-            if math.prod(shape) >= SMALL_PARAMETER:
-                divisible = [n if n % partition.size("largest") == 0 else 0 for n in shape]
-                names[int(np.argmax(divisible))] = "largest"
+        names = list(declared_axes(_path_names(path), len(shape)) or [None] * len(shape))
+        spec = partition.spec(tuple(names), shape)
+        used = {axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}
+        free = [size if name != "layers" and entry is None and size % partition.size("largest") == 0 else 0
+                for name, entry, size in zip(names, spec, shape, strict=True)]
+        numbers = math.prod(size for name, size in zip(names, shape, strict=True) if name != "layers")
+        if numbers >= SMALL_PARAMETER and any(free) and not used & set(partition.axes("largest")):
+            names[int(np.argmax(free))] = "largest"
         return partition.sharding(tuple(names), shape)
 
     return jax.tree_util.tree_map_with_path(place, abstract_params)

@@ -19,7 +19,7 @@ from helios_jax.data.pipeline import clip_dataset
 from helios_jax.data.random_latents import write_random_latents
 from helios_jax.errors import UserError
 from helios_jax.models.partition import declared_axes
-from helios_jax.sharding import MeshConfig, Partition, constrain
+from helios_jax.sharding import DEFAULT_RULES, MeshConfig, Partition, constrain, param_shardings
 from helios_jax.training.config import run_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +87,25 @@ def test_adapters_are_divided_like_their_kernels():
     assert declared_axes(("lora", "patch_long", "a"), 5) == (None,) * 5
     assert declared_axes(("proj_out", "b"), 2) == (None, None)
     assert declared_axes(("layer", "kernel"), 2) is None
+
+
+def test_large_adapters_are_divided_over_fsdp_on_whichever_side_is_free():
+    mesh = jax.sharding.AbstractMesh((1, 8, 1, 2), ("data", "fsdp", "context", "tensor"))
+    layout = Partition(mesh, dict(DEFAULT_RULES))
+
+    def spec(path: tuple[str, ...], *shape: int) -> PartitionSpec:
+        tree = jax.ShapeDtypeStruct(shape, np.float32)
+        for name in reversed(path):
+            tree = {name: tree}
+        return jax.tree.leaves(param_shardings(layout, tree))[0].spec
+
+    to_q, to_out = ("lora", "blocks", "attn1", "to_q"), ("lora", "blocks", "attn1", "to_out_0")
+    assert spec((*to_q, "a"), 40, 5120, 128) == PartitionSpec(None, "fsdp", None)
+    assert spec((*to_q, "b"), 40, 128, 5120) == PartitionSpec(None, "fsdp", "tensor")  # the rank: nothing else is free
+    assert spec((*to_out, "a"), 40, 5120, 128) == PartitionSpec(None, "tensor", "fsdp")
+    assert spec((*to_out, "b"), 40, 128, 5120) == PartitionSpec(None, None, "fsdp")
+    assert spec((*to_q, "b"), 40, 4, 5120) == PartitionSpec(None, None, "tensor")  # small, per layer
+    assert spec((*to_q[1:], "bias"), 40, 5120) == PartitionSpec(None, "tensor")
 
 
 def partition(**sizes) -> Partition:
