@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +54,59 @@ def plain_numbers(frames: np.ndarray) -> dict[str, float]:
     return numbers
 
 
+class Judged(NamedTuple):
+    """What the reader says of one video. kept: only of long ones."""
+
+    reading: reader.Reading
+    kept: dict[str, bool] | None
+    numbers: dict[str, float]
+
+
+class Settings(NamedTuple):
+    """How the prompts are sampled; None leaves it to the model or the prompt file."""
+
+    model: str
+    batch: int
+    steps: tuple[int, ...] | None
+    guidance: float | None
+    num_frames: int | None
+    seed_offset: int
+
+
+def judge(settings: Settings, entries: Sequence[dict[str, Any]]) -> tuple[str, list[Judged]]:
+    """Samples and reads the videos of some entries of a prompt file; returns the model's variant with the readings."""
+    from helios_jax.pipeline.pipeline import HeliosPipeline
+
+    pipeline = HeliosPipeline.from_pretrained(settings.model)
+    judged: list[Judged] = []
+    start = time.monotonic()
+    for first in range(0, len(entries), settings.batch):
+        group = entries[first : first + settings.batch]
+        # A short last group is filled up, so that one program serves all.
+        filled = [*group, *[group[-1]] * (settings.batch - len(group))]
+        videos = pipeline([e["prompt"] for e in filled], seed=[e["seed"] + settings.seed_offset for e in filled],
+                          num_frames=settings.num_frames or group[0]["num_frames"], steps=settings.steps,
+                          guidance_scale=settings.guidance)
+        for entry, video in zip(group, videos, strict=False):
+            is_long = len(video) >= LONG
+            kept = reader.read_long(video).kept(Attributes(**entry["attributes"]), KEPT) if is_long else None
+            judged.append(Judged(reader.read(video), kept, plain_numbers(video)))
+        print(f"{len(judged)}/{len(entries)} in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return pipeline.index.variant, judged
+
+
+def judge_in_processes(settings: Settings, entries: Sequence[dict[str, Any]], processes: int
+                       ) -> tuple[str, list[Judged]]:
+    """:func:`judge` by several processes, each with its part of the entries: small models leave most cores idle."""
+    size = -(-len(entries) // processes)
+    parts = [entries[first : first + size] for first in range(0, len(entries), size)]
+    if len(parts) == 1:
+        return judge(settings, entries)
+    with ProcessPoolExecutor(len(parts), mp_context=multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(judge, [settings] * len(parts), parts))
+    return results[0][0], [judged for _, part in results for judged in part]
+
+
 @command_line
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m helios_jax.tools.evaluate", description=__doc__,
@@ -58,43 +114,33 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--model", required=True, metavar="FOLDER")
     p.add_argument("--prompts", default="assets/prompts/held_out_200.json", metavar="FILE")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="videos sampled together")
+    p.add_argument("--processes", type=int, default=1, metavar="N", help="that divide the prompts")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     p.add_argument("--steps", metavar="N[,N,N]", help="default: the model's")
     p.add_argument("--guidance", type=float, metavar="G", help="default: the model's")
     p.add_argument("--num_frames", type=int, metavar="N", help="default: what the file says")
     p.add_argument("--seed_offset", type=int, default=0, metavar="N", help="added to every seed")
-    p.add_argument("--json", metavar="FILE", help="where to write the numbers")
+    p.add_argument("--json", metavar="FILE", help="where to write the numbers, with what was read of every video")
     arguments = p.parse_args(argv)
+    for name in ("batch", "processes"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name}: must be positive, got {getattr(arguments, name)}")
     entries = read_prompts(arguments.prompts)[: arguments.limit]
 
     import jax
 
-    from helios_jax.pipeline.pipeline import HeliosPipeline
-
-    pipeline = HeliosPipeline.from_pretrained(arguments.model)
     steps = tuple(int(n) for n in arguments.steps.split(",")) if arguments.steps else None
-    readings, kept, numbers = [], [], []
+    settings = Settings(arguments.model, arguments.batch, steps, arguments.guidance, arguments.num_frames,
+                        arguments.seed_offset)
     start = time.monotonic()
-    for first in range(0, len(entries), arguments.batch):
-        group = entries[first : first + arguments.batch]
-        frames_asked = arguments.num_frames or group[0]["num_frames"]
-        # A short last group is filled up, so that one program serves all.
-        filled = group + [group[-1]] * (arguments.batch - len(group))
-        videos = pipeline([e["prompt"] for e in filled], seed=[e["seed"] + arguments.seed_offset for e in filled],
-                          num_frames=frames_asked, steps=steps, guidance_scale=arguments.guidance)
-        for entry, video in zip(group, videos, strict=False):
-            expected = Attributes(**entry["attributes"])
-            readings.append(reader.read(video))
-            numbers.append(plain_numbers(video))
-            if len(video) >= LONG:
-                kept.append(reader.read_long(video).kept(expected, KEPT))
-        print(f"{len(readings)}/{len(entries)} in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    variant, judged = judge_in_processes(settings, entries, arguments.processes)
     expected = [Attributes(**entry["attributes"]) for entry in entries]
-    score = reader.score(readings, expected)
+    score = reader.score([j.reading for j in judged], expected)
     report = {
-        "model": str(arguments.model), "variant": pipeline.index.variant, "prompts": arguments.prompts,
+        "model": str(arguments.model), "variant": variant, "prompts": arguments.prompts,
         "videos": score.total, "right_in_all": score.all_fields, "wilson_95": score.interval, "right": score.per_field,
-        "plain_numbers": {k: float(np.median([n[k] for n in numbers if k in n])) for k in numbers[0]},
+        "plain_numbers": {k: float(np.median([j.numbers[k] for j in judged if k in j.numbers]))
+                          for k in judged[0].numbers},
         "seconds": time.monotonic() - start, "steps": steps, "guidance": arguments.guidance,
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}",
     }
@@ -102,11 +148,14 @@ def main(argv: list[str] | None = None) -> int:
           f"{score.interval[0]:.1%} to {score.interval[1]:.1%}")
     print("  " + ", ".join(f"{name} {rate:.1%}" for name, rate in score.per_field.items()))
     print("  median " + ", ".join(f"{name} {value:.3f}" for name, value in report["plain_numbers"].items()))
+    kept = [j.kept for j in judged if j.kept is not None]
     if kept:
         whole = sum(all(k.values()) for k in kept)
         report["kept_to_the_end"] = {"all": whole, "of": len(kept), **{f: sum(k[f] for k in kept) for f in KEPT}}
         print(f"kept object, colour and direction to the end: {whole} of {len(kept)}")
     if arguments.json:
+        report["each"] = [{"prompt": entry["prompt"], "right": j.reading.matches(e), "kept": j.kept, **j.numbers}
+                          for entry, e, j in zip(entries, expected, judged, strict=True)]
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -1,0 +1,39 @@
+"""The tool that judges a model of moving shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helios_jax.tools import evaluate
+
+ROOT = Path(__file__).resolve().parents[1]
+BOX = ROOT / "assets/helios-tiny"
+PROMPTS = ROOT / "assets/prompts/held_out_200.json"
+
+
+def test_several_processes_judge_as_one_does(tmp_path, capsys):
+    reports = []
+    for processes in ("1", "2"):
+        path = tmp_path / f"{processes}.json"
+        with pytest.raises(SystemExit) as exit_:
+            evaluate.main(["--model", str(BOX), "--prompts", str(PROMPTS), "--limit", "2", "--steps", "2", "--batch", "1",
+                           "--num_frames", "33", "--processes", processes, "--json", str(path)])
+        assert exit_.value.code == 0
+        reports.append(json.loads(path.read_text()))
+    one, two = ({key: value for key, value in report.items() if key != "seconds"} for report in reports)
+    assert one == two and one["videos"] == 2 and one["variant"] == "base"
+    assert [item["prompt"] for item in one["each"]] == [e["prompt"] for e in json.loads(PROMPTS.read_text())[:2]]
+    assert "of 2, 95 % interval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--prompts", "nowhere.json"], "--prompts: nowhere.json cannot be read"),
+    (["--processes", "0"], "--processes: must be positive, got 0"),
+])
+def test_a_mistake_is_one_clear_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(["--model", str(BOX), *arguments])
+    assert exit_.value.code and message in capsys.readouterr().err
