@@ -33,7 +33,11 @@ class Case:
 
 
 def inputs(case: Case):
-    """(q, k, v, bias, weights of the output, weights of the lse); half of the biased keys are masked out."""
+    """(q, k, v, bias, weights of the output, weights of the lse); half of the biased keys are masked out.
+
+    Whatever a variant gets in the case's dtype, the output's gradient included, is rounded to it here: the float64
+    oracle starts from the same numbers.
+    """
     rng = np.random.default_rng(case.queries * 1000 + case.keys)
     shapes = [(case.batch, rows, case.heads, case.size) for rows in (case.queries, case.keys, case.keys, case.queries)]
     q, k, v, w = (rng.standard_normal(shape) for shape in shapes)
@@ -43,8 +47,8 @@ def inputs(case: Case):
         bias = np.where(rng.random((case.batch, case.keys)) < 0.5, -1e30, np.log(300.0))
         bias[:, 0] = 0.0
         bias = jnp.asarray(bias, jnp.float32)
-    q, k, v = (jnp.asarray(x, jnp.float32).astype(case.dtype) for x in (q * case.scale, k, v))
-    return q, k, v, bias, jnp.asarray(w, jnp.float32), jnp.asarray(w_lse, jnp.float32)
+    q, k, v, w = (jnp.asarray(x, jnp.float32).astype(case.dtype) for x in (q * case.scale, k, v, w))
+    return q, k, v, bias, w.astype(jnp.float32), jnp.asarray(w_lse, jnp.float32)
 
 
 def exact(q, k, v, bias, w, w_lse) -> dict[str, np.ndarray]:
@@ -65,7 +69,7 @@ def exact(q, k, v, bias, w, w_lse) -> dict[str, np.ndarray]:
 
 
 def computed(attention, case: Case, with_lse: bool = True) -> dict[str, jax.Array]:
-    """The same quantities from a variant; under ``jit``, as in use."""
+    """The same quantities from a variant; under ``jit``, as in use, with every rounding that the program states."""
     q, k, v, bias, w, w_lse = inputs(case)
 
     def loss(q, k, v):
@@ -73,7 +77,9 @@ def computed(attention, case: Case, with_lse: bool = True) -> dict[str, jax.Arra
         value = (out.astype(jnp.float32) * w).sum() + ((lse * w_lse).sum() if with_lse else 0.0)
         return value, (out, lse)
 
-    (_, (out, lse)), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    options = {"xla_allow_excess_precision": False}  # on a CPU XLA would leave out roundings to 16 bits and back
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=options)
+    (_, (out, lse)), gradients = run(q, k, v)
     results = {"out": out, "lse": lse, **dict(zip(("d_q", "d_k", "d_v"), gradients, strict=True))}
     return results if with_lse else {name: x for name, x in results.items() if name != "lse"}
 
@@ -82,6 +88,24 @@ def relative_errors(got: dict, want: dict) -> dict[str, float]:
     """Largest deviation of each result relative to the largest entry of the exact one."""
     return {name: float(np.abs(np.asarray(x, np.float64) - want[name]).max() / np.abs(want[name]).max())
             for name, x in got.items()}
+
+
+def wanted(case: Case, with_lse: bool = True) -> dict[str, np.ndarray]:
+    """What ``computed`` must give, in float64."""
+    *operands, w_lse = inputs(case)
+    return exact(*operands, w_lse if with_lse else jnp.zeros_like(w_lse))
+
+
+def error_ratios(got: dict, reference: dict, want: dict) -> dict[str, float]:
+    """Root mean square error of each result over that of another computation, the median over the heads.
+
+    Heads are independent draws; the log-sum-exp is left out.
+    """
+
+    def errors(results: dict, name: str) -> np.ndarray:
+        return np.sqrt(np.square(np.asarray(results[name], np.float64) - want[name]).mean((0, 1, 3)))
+
+    return {name: float(np.median(errors(got, name) / errors(reference, name))) for name in want if name != "lse"}
 
 
 def bound(case: Case) -> float:
@@ -101,10 +125,7 @@ def bound(case: Case) -> float:
 def check_core(attention, case: Case, with_lse: bool = True) -> None:
     """Dtypes, shapes, forward, log-sum-exp and the gradients of q, k and v of one variant on one case."""
     got = computed(attention, case, with_lse)
-    want = exact(*inputs(case))
-    if not with_lse:
-        q, k, v, bias, w, w_lse = inputs(case)
-        want = exact(q, k, v, bias, w, jnp.zeros_like(w_lse))
+    want = wanted(case, with_lse)
     for name, x in got.items():
         assert x.shape == want[name].shape, name
         assert x.dtype == (jnp.float32 if name == "lse" else case.dtype), name

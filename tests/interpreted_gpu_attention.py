@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_base import Case, bound, computed, exact, inputs, relative_errors
+from attention_base import Case, bound, computed, error_ratios, inputs, relative_errors, wanted
+from jax.experimental.pallas.ops.gpu import attention as library_attention
 
 from kernels.attention import gpu, reference
 from kernels.attention.gpu_tiles import LoopTiles, Tiles
@@ -31,27 +32,42 @@ CASES = {
     "float16": (dataclasses.replace(HALF, queries=66, keys=65, dtype=jnp.float16), None),
 }
 # Both round the weights' 16-bit copy and the result once. Backward the kernel rounds the logits' gradient where plain
-# attention rounds the weights' gradient: errors of the same size, one drawn a little larger here, the other there.
-AS_EXACT_AS_PLAIN = {"out": 1.0, "d_q": 1.15, "d_k": 1.15, "d_v": 1.05}
-
-
-def root_mean_square(x) -> float:
-    return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+# attention rounds the weights' gradient, whose row sum it then takes from the rounded numbers: one part of its error in
+# as many as there are visible keys cancels, some percent at these lengths and nothing at thousands of keys.
+AS_EXACT_AS_PLAIN = {"out": 1.0, "d_q": 1.03, "d_k": 1.03, "d_v": 1.005}
+TEN_KEYS = {"d_q": 1.1, "d_k": 1.1}
 
 
 @pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "-").replace(",", ""))
 def test_forward_lse_and_gradients_are_as_exact_as_plain_attention_in_the_same_dtype(name):
     case, tiles = CASES[name]
-    want = exact(*inputs(case))
+    want = wanted(case)
     ours = computed(functools.partial(gpu.attention, tiles=tiles, interpret=True), case)
-    plain = computed(reference.attention, case)
-    for part, factor in AS_EXACT_AS_PLAIN.items():
+    ratios = error_ratios(ours, computed(reference.attention, case), want)
+    for part, factor in (AS_EXACT_AS_PLAIN | (TEN_KEYS if case.keys < 64 else {})).items():
         assert ours[part].dtype == case.dtype and ours[part].shape == want[part].shape
-        error, allowed = (root_mean_square(np.asarray(x[part], np.float64) - want[part]) for x in (ours, plain))
-        assert error <= factor * allowed, f"{part}: {error} against {allowed}"
+        assert ratios[part] <= factor, ratios
     np.testing.assert_allclose(ours["lse"], want["lse"], atol=3e-6, rtol=0)
     if case.dtype == jnp.bfloat16:
         assert max(relative_errors(ours, want).values()) < bound(case)
+
+
+def library(q, k, v, bias):
+    """The one attention kernel for GPUs among those of JAX that an interpreter can run; cuDNN has none.
+
+    Tiles as ours: where softmax goes tile by tile, the largest weight of each is exact, so smaller ones err less.
+    """
+    sizes = library_attention.BlockSizes(**dict.fromkeys(
+        ("block_q", "block_k", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), 128))
+    return library_attention.mha(q, k, v, None, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes, interpret=True)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["plain", "sharp"])
+def test_the_kernels_err_no_more_than_a_library_kernel_forward_and_backward(scale):
+    case = dataclasses.replace(HALF, queries=128, keys=128, heads=5, size=128, scale=scale)
+    ours = computed(lambda q, k, v, bias: gpu.attention(q, k, v, interpret=True), case, with_lse=False)
+    ratios = error_ratios(ours, computed(library, case, with_lse=False), wanted(case, with_lse=False))
+    assert max(ratios.values()) <= 1.005, ratios  # the order of sums alone differs where both round at the same places
 
 
 def test_the_kernels_have_no_data_race_and_repeat_bit_for_bit():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kernels.attention import compile as aot
+from kernels.attention import tpu
 from kernels.attention.compile import HEADS, LENGTHS, SIZE, TOPOLOGIES, Call
 
 pytestmark = [
@@ -35,6 +36,23 @@ def test_backward_compiles_at_production_lengths_without_anything_of_size_keys_b
     print(f"{mesh.devices.flat[0].device_kind} backward {length}: {done.temporary / MEBIBYTE:.1f} MiB")
     assert "attention_forward" in done.text and "attention_backward" in done.text
     assert done.temporary < 12 * 2 * HEADS * length * SIZE + 64 * MEBIBYTE
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_queries_are_prepared_in_the_kernel_at_production_lengths(mesh, length):
+    done = aot.compile_for(mesh, Call("layer", length, length))
+    print(f"{mesh.devices.flat[0].device_kind} layer {length}: {done.temporary / MEBIBYTE:.1f} MiB")
+    # The kernel's first operand is the projection itself, with all heads in a row.
+    call = next(line for line in done.text.splitlines() if "attention_forward" in line and "custom-call(" in line)
+    assert f"bf16[1,{length},{HEADS * SIZE}]" in call.split("custom-call(")[1]
+    # Prepared keys and the kernel's output, once each, and the rotary tables.
+    assert done.temporary < 2 * 2 * HEADS * length * SIZE + 32 * MEBIBYTE
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_softmax_by_a_bound_compiles_at_production_lengths(mesh, length, monkeypatch):
+    monkeypatch.setattr(tpu, "CHIPS", {name: chip._replace(bounded=True) for name, chip in tpu.CHIPS.items()})
+    aot.compile_for(mesh, Call("forward", length, length))
 
 
 @pytest.mark.parametrize("call", [

@@ -155,6 +155,55 @@ def test_rotation_by_a_product_equals_rotation_of_pairs(dtype):
     np.testing.assert_allclose(got, want, atol=float(jnp.finfo(dtype).eps) * np.abs(want).max())
 
 
+# Two programs of queries, the second ragged, and keys of a ragged last step.
+RAW_ROWS, RAW_HEADS = 150, 2
+
+
+def raw_inputs(dtype):
+    rng = np.random.default_rng(2)
+    width = RAW_HEADS * 128
+    q, k, v = (jnp.asarray(rng.standard_normal((2, RAW_ROWS, width)) * scale, dtype) for scale in (0.1, 1, 1))
+    norm_q, norm_k = (jnp.asarray(1 + 0.3 * rng.standard_normal(width), jnp.float32) for _ in range(2))
+    angle = rng.uniform(0, 6, (RAW_ROWS, 64))
+    tables = {name: jnp.asarray(0.9 * f(angle), jnp.float32) for name, f in (("cos", np.cos), ("sin", np.sin))}
+    return (q, k, v), {"norm_q": norm_q, "norm_k": norm_k, **tables, "num_heads": RAW_HEADS, "return_lse": True}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_queries_prepared_in_the_tpu_kernel_give_what_those_prepared_outside_give(dtype, monkeypatch):
+    operands, options = raw_inputs(dtype)
+
+    def computed_by(name):
+        return compacted_attention(*operands, implementation=name, **options)
+
+    wide = (x.astype(jnp.float32) for x in operands)
+    exact_out, exact_lse = compacted_attention(*wide, implementation="xla", **options)
+    outside, _ = jax.jit(lambda: computed_by(functools.partial(attend, implementation="mosaic_tpu_interpret")))()
+    # Nothing but the kernel prepares queries now.
+    monkeypatch.setattr(prologue, "prepare_queries", None)
+    inside, lse = jax.jit(lambda: computed_by("mosaic_tpu_interpret"))()
+    assert inside.dtype == dtype and inside.shape == outside.shape
+    error, allowed = (float(jnp.sqrt(jnp.square(x.astype(jnp.float32) - exact_out).mean())) for x in (inside, outside))
+    assert error <= 1.02 * allowed  # the same roundings: multiplications and additions may be fused here and not there
+    np.testing.assert_allclose(lse, exact_lse, atol=1e-5 if dtype == jnp.float32 else 0.03)
+
+
+def test_gradients_of_queries_that_the_tpu_kernel_prepares_are_those_of_the_xla_variant():
+    operands, options = raw_inputs(jnp.float32)
+    w = np.float32(np.random.default_rng(5).standard_normal(operands[0].shape))
+
+    def gradients(name):
+        def loss(operands, norms):
+            out, lse = compacted_attention(*operands, **{**options, **norms}, implementation=name)
+            return (out * w).sum() + lse.sum()
+
+        norms = {key: options[key] for key in ("norm_q", "norm_k")}
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(operands, norms))
+
+    for got, want in zip(gradients("mosaic_tpu_interpret"), gradients("xla"), strict=True):
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
 # -- the public function, against one dense masked computation in float64 ---------------------------------------------
 
 LENGTH, HEADS, SIZE = 41, 2, 32

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from helios_jax.errors import UserError
-from kernels.attention.dispatch import Core, attend
-from kernels.attention.prologue import Ranges, prepare_keys, prepare_queries, rms_norm_heads
+from kernels.attention.dispatch import Core, attend, attend_raw_queries
+from kernels.attention.prologue import Ranges, RawQueries, prepare_keys, rms_norm_heads
 from kernels.attention.segments import Segments, attend_segments, pack
 
 Array = jax.Array
@@ -106,17 +106,17 @@ def compacted_attention(
         segments = pack([(history_length, q.shape[1] - history_length)], restrict_self_attn=True).segments
 
     tables = {"cos": cos, "sin": sin, "num_heads": num_heads, "eps": eps}
-    q = prepare_queries(q, norm_q=norm_q, **tables)
     k = prepare_keys(k, norm_k=norm_k, history_ranges=history_ranges, history_key_scale=history_key_scale, **tables)
     v = v.reshape(k.shape)  # [B, S, C] -> [B, S, N, D]
     if history is not None:
         k = jnp.concatenate([history.keys.astype(k.dtype), k], axis=1)  # [B, H+S, N, D]
         v = jnp.concatenate([history.values.astype(v.dtype), v], axis=1)
-    core = functools.partial(attend, implementation=implementation)
+    queries, options = RawQueries(q, norm_q, cos, sin), {"return_lse": return_lse}
     if segments is None:
-        result = core(q, k, v, return_lse=return_lse)
+        result = attend_raw_queries(queries, k, v, eps=eps, implementation=implementation, **options)
     else:
-        result = attend_segments(core, q, k, v, segments, return_lse=return_lse)
+        core = functools.partial(attend, implementation=implementation)
+        result = attend_segments(core, queries.prepared(num_heads, eps), k, v, segments, **options)
     out, lse = result if return_lse else (result, None)
     out = out.reshape(*out.shape[:2], -1)  # [B, S, N, D] -> [B, S, C]
     return (out, lse) if return_lse else out

@@ -17,6 +17,7 @@ import jax
 from helios_jax.errors import UserError
 from kernels.attention import partition
 from kernels.attention.device import Device, current_device
+from kernels.attention.prologue import RawQueries
 
 Array = jax.Array
 Core = Callable[..., Array | tuple[Array, Array]]
@@ -106,6 +107,30 @@ def attend(
         return implementation(q, k, v, bias, return_lse=return_lse)
     core = functools.partial(_attend_on_one_device, implementation=implementation)
     return partition.per_device(core, q, k, v, bias, return_lse=return_lse)
+
+
+def attend_raw_queries(
+    queries: RawQueries,
+    k: Array,
+    v: Array,
+    *,
+    eps: float,
+    return_lse: bool = False,
+    implementation: str | Core | None = None,
+) -> Array | tuple[Array, Array]:
+    """:func:`attend` of queries that come straight from their projection.
+
+    A variant may norm and rotate them itself: it then has a function ``attend_raw_queries`` of this contract as an
+    attribute. It is asked where it is the variant of first choice and the arrays are not divided over a mesh.
+    """
+    if not callable(implementation) and not partition.is_in_use():
+        core = variant(implementation or order_for(current_device())[0])
+        if hasattr(core, "attend_raw_queries"):
+            try:
+                return core.attend_raw_queries(queries, k, v, eps=eps, return_lse=return_lse)
+            except NotImplementedError:
+                pass  # prepared queries may be served; if not, the reason is given there
+    return attend(queries.prepared(k.shape[2], eps), k, v, return_lse=return_lse, implementation=implementation)
 
 
 def _attend_on_one_device(q: Array, k: Array, v: Array, bias: Array | None, *, implementation: str | None,

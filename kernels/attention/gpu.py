@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kernels.attention.device import current_device
 from kernels.attention.gpu_tiles import COMPUTE_WARPGROUPS, ROWS_PER_WARPGROUP, Tiles, tiles_for
+from kernels.attention.reference import output_products
 
 Array = jax.Array
 
@@ -98,7 +99,7 @@ def _prepare_bias(bias: Array, tiles: Tiles) -> Array:
 def _attention(q, k, v, bias2, keys: int, tiles: Tiles, return_lse: bool, interpret) -> tuple[Array, Array | None]:
     from kernels.attention.gpu_forward import forward
 
-    out, lse2 = forward(q, k, v, bias2, tiles.forward, keys=keys, with_lse=return_lse, interpret=interpret)
+    out, _, lse2 = forward(q, k, v, bias2, tiles.forward, keys=keys, with_lse=return_lse, interpret=interpret)
     return out, _natural(lse2, q.shape[1]) if return_lse else None
 
 
@@ -109,17 +110,18 @@ def _natural(lse2: Array, queries: int) -> Array:
 def _attention_fwd(q, k, v, bias2, keys: int, tiles: Tiles, return_lse: bool, interpret):
     from kernels.attention.gpu_forward import forward
 
-    out, lse2 = forward(q, k, v, bias2, tiles.forward, keys=keys, with_lse=True, interpret=interpret)
+    out, rest, lse2 = forward(q, k, v, bias2, tiles.forward, keys=keys, with_lse=True, with_rest=True,
+                              interpret=interpret)
     result = out, _natural(lse2, q.shape[1]) if return_lse else None
-    return result, (q, k, v, bias2, out, lse2)
+    return result, (q, k, v, bias2, out, rest, lse2)
 
 
 def _attention_bwd(keys: int, tiles: Tiles, return_lse: bool, interpret: bool, residuals, cotangents):
     from kernels.attention.gpu_backward import key_value_gradient, query_gradient
 
-    q, k, v, bias2, out, lse2 = residuals
+    q, k, v, bias2, out, rest, lse2 = residuals
     dout, dlse = cotangents
-    delta = jnp.einsum("bsnd,bsnd->bns", out, dout, preferred_element_type=jnp.float32)
+    delta = output_products(out, rest, dout).swapaxes(1, 2)  # [B, N, S]
     if return_lse:
         # d lse / d logits = weights, so its cotangent joins the row sum that every weight is multiplied with.
         delta = delta - dlse

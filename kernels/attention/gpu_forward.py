@@ -15,17 +15,18 @@ Array = jax.Array
 
 
 def forward(
-    q: Array, k: Array, v: Array, bias2: Array | None, tiles: LoopTiles, *, keys: int, with_lse: bool, interpret
-) -> tuple[Array, Array | None]:
+    q: Array, k: Array, v: Array, bias2: Array | None, tiles: LoopTiles, *, keys: int, with_lse: bool,
+    with_rest: bool = False, interpret,
+) -> tuple[Array, Array | None, Array | None]:
     """softmax(q kᵀ / sqrt(D) + bias) v.
 
     Args:
       q: [B, S, N, D]; k, v: [B, K, N, D], bfloat16 or float16, D 64 or 128, S and K multiples of 8.
       keys: how many of the K rows count.
       bias2: [B, K] float32 bias times log2(e), its K padded to whole tiles, or None.
-      with_lse: also return the log-sum-exp.
-    Returns: [B, S, N, D] in q's dtype, and None or the base-2 log-sum-exp [B, N, S'] float32 where S' is S rounded up
-      to whole blocks; rows past S are finite and mean nothing.
+      with_lse: also return the log-sum-exp. with_rest: also return what the output lost when it was rounded.
+    Returns: [B, S, N, D] in q's dtype; None or the rest like it; and None or the base-2 log-sum-exp [B, N, S'] float32
+      where S' is S rounded up to whole blocks; rows past S are finite and mean nothing.
     """
     batch, queries, heads, size = q.shape
     ring = common.Ring.over(keys, tiles.rows, tiles.stages)
@@ -36,6 +37,7 @@ def forward(
         q_ref, k_ref, v_ref, *refs = refs
         bias_ref = refs.pop(0) if bias2 is not None else None
         out_ref = refs.pop(0)
+        rest_ref = refs.pop(0) if with_rest else None
         lse_ref = refs.pop(0) if with_lse else None
         buffers, barriers = refs
         q_smem, k_smem, v_smem = buffers["q"], buffers["k"], buffers["v"]
@@ -91,7 +93,9 @@ def forward(
             out, top, total = ring.for_each_tile(step, start)
             pl.when(mine == 0)(pass_turn)
 
-            q_smem.at[mine][...] = (out * common.along_rows(1.0 / total, block)).astype(q.dtype)
+            out = out * common.along_rows(1.0 / total, block)
+            rounded = out.astype(q.dtype)
+            q_smem.at[mine][...] = rounded
             if with_lse:
                 buffers["lse"].at[mine][...] = top + jnp.log(total) * common.LOG2_E
             plgpu.commit_smem()
@@ -99,6 +103,11 @@ def forward(
             if with_lse:
                 plgpu.copy_smem_to_gmem(buffers["lse"].at[mine], lse_ref.at[b, head, rows])
             plgpu.wait_smem_to_gmem(0)
+            if with_rest:
+                q_smem.at[mine][...] = (out - rounded.astype(jnp.float32)).astype(q.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_smem.at[mine], rest_ref.at[b, rows, head])
+                plgpu.wait_smem_to_gmem(0)
 
         def copy():
             def fill(tile, slot, wait):
@@ -132,11 +141,11 @@ def forward(
         "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
     }
     length = common.padded_length(queries)
-    out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)] * (1 + with_rest)
     if with_lse:
         out_type.append(jax.ShapeDtypeStruct((batch, heads, length), jnp.float32))
     grid = (batch, heads, length // (COMPUTE_WARPGROUPS * ROWS_PER_WARPGROUP))
     call = common.launch(kernel, out_type, [buffers, barriers], grid, "queries", interpret=interpret,
                          name="attention_forward")
-    out, *lse = call(*(x for x in (q, k, v, bias2) if x is not None))
-    return out, lse[0] if with_lse else None
+    results = call(*(x for x in (q, k, v, bias2) if x is not None))
+    return results[0], results[1] if with_rest else None, results[-1] if with_lse else None

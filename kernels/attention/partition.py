@@ -72,14 +72,21 @@ def use(partition: AttentionPartition) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+def is_in_use() -> bool:
+    """Whether attention runs on a mesh, by :func:`use` or within a ``jax.shard_map`` that has divided the arrays."""
+    return (_CURRENT.get() is not None and _CURRENT.get().mesh.size > 1) or _is_divided()
+
+
+def _is_divided() -> bool:
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def per_device(core: Callable[..., Result], q: Array, k: Array, v: Array, bias: Array | None = None, *,
                return_lse: bool = False) -> Result:
     """``core`` on the mesh in use; ``core`` itself where there is none."""
-    current = _CURRENT.get()
-    inside = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types  # another shard_map divided the arrays
-    if current is None or current.mesh.size == 1 or inside:
+    if not is_in_use() or _is_divided():
         return core(q, k, v, bias, return_lse=return_lse)
-    return on_mesh(current, core, q, k, v, bias, return_lse=return_lse)
+    return on_mesh(_CURRENT.get(), core, q, k, v, bias, return_lse=return_lse)
 
 
 def on_mesh(partition: AttentionPartition, core: Callable[..., Result], q: Array, k: Array, v: Array,

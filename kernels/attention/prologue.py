@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,15 +49,35 @@ def rotate_by_product(x: Array, cos: Array, sin: Array) -> Array:
     partner of every channel comes from a product with a signed permutation, which is exact, and its matrix unit is
     idle anyway. Heads go in front, as the attention kernel wants them.
     """
-    size = x.shape[-1]
-    even = np.arange(0, size, 2)
-    partner = np.zeros((size, size), np.float32)
-    partner[even + 1, even], partner[even, even + 1] = -1, 1  # column 2i holds -x[2i+1], column 2i+1 holds x[2i]
     x = x.swapaxes(1, 2)  # [B, S, N, D] -> [B, N, S, D]
-    swapped = jnp.einsum("bnsd,de->bnse", x, jnp.asarray(partner, x.dtype), precision=jax.lax.Precision.HIGHEST,
+    swapped = jnp.einsum("bnsd,de->bnse", x, partner_matrix(x.shape[-1], x.dtype), precision=jax.lax.Precision.HIGHEST,
                          preferred_element_type=jnp.float32)
     rotated = x.astype(jnp.float32) * jnp.repeat(cos, 2, axis=-1) + swapped * jnp.repeat(sin, 2, axis=-1)
     return rotated.astype(x.dtype).swapaxes(1, 2)
+
+
+def partner_matrix(size: int, dtype: jnp.dtype) -> Array:
+    """[D, D]: column 2i of ``x @ partner`` holds -x[2i+1], column 2i+1 holds x[2i]."""
+    even = np.arange(0, size, 2)
+    partner = np.zeros((size, size), np.float32)
+    partner[even + 1, even], partner[even, even + 1] = -1, 1
+    return jnp.asarray(partner, dtype)
+
+
+class RawQueries(NamedTuple):
+    """Queries straight from their projection, and what their norm and rotation need.
+
+    q: [B, S, C]; norm: [C]; cos, sin: [S, D/2] float32.
+    """
+
+    q: Array
+    norm: Array
+    cos: Array
+    sin: Array
+
+    def prepared(self, num_heads: int, eps: float) -> Array:
+        """[B, S, N, D], as every variant takes them."""
+        return prepare_queries(self.q, norm_q=self.norm, cos=self.cos, sin=self.sin, num_heads=num_heads, eps=eps)
 
 
 def prepare_queries(q: Array, *, norm_q: Array, cos: Array, sin: Array, num_heads: int, eps: float = 1e-6) -> Array:

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention.device import current_device
+from kernels.attention.prologue import RawQueries
+from kernels.attention.reference import output_products
 from kernels.attention.tpu_backward import backward
-from kernels.attention.tpu_forward import forward
+from kernels.attention.tpu_forward import Prologue, forward
 from kernels.attention.tpu_tiles import (
     CHIPS,
     INTERPRETED,
@@ -29,6 +31,7 @@ from kernels.attention.tpu_tiles import (
     chip_of,
     forward_bytes,
     longest,
+    split,
 )
 
 Array = jax.Array
@@ -48,12 +51,15 @@ class Settings(NamedTuple):
 
 def settings_for(chip: Chip, keys: int, itemsize: int, with_bias: bool, interpret: object = False) -> Settings:
     """Tiles and residency limits from the chip's table."""
-    tiles = chip.tiles_for(keys)
-    # The compiler gets a quarter more than the estimate, see vmem_limit_bytes in the kernels.
-    vmem = chip.vmem * 4 // 5 - (4 << 20)
+    tiles, vmem = chip.tiles_for(keys), usable_vmem(chip)
     return Settings(tiles.forward, tiles.backward,
                     longest(forward_bytes, vmem, tiles.forward, itemsize, with_bias),
                     longest(backward_bytes, vmem, tiles.backward, itemsize, with_bias), chip.bounded, interpret)
+
+
+def usable_vmem(chip: Chip) -> int:
+    """The compiler gets a quarter more than the estimate, see vmem_limit_bytes in the kernels."""
+    return chip.vmem * 4 // 5 - (4 << 20)
 
 
 def attention(
@@ -63,13 +69,7 @@ def attention(
 
     Raises: NotImplementedError for another device, dtype or head size.
     """
-    device = current_device()
-    if device.platform != "tpu":
-        raise NotImplementedError(f"the kernel is for TPUs, the device is {device.kind} ({device.platform})")
-    chip = chip_of(device.kind)
-    if chip is None:
-        raise NotImplementedError(f"no tiles for {device.kind}; there are tiles for {', '.join(CHIPS)}")
-    return _checked(q, k, v, bias, return_lse, CHIPS[chip], False)
+    return _checked(q, k, v, bias, return_lse, CHIPS[_chip()], False)
 
 
 def interpreted(
@@ -79,48 +79,104 @@ def interpreted(
     return _checked(q, k, v, bias, return_lse, INTERPRETED, interpret)
 
 
+def attend_raw_queries(queries: RawQueries, k: Array, v: Array, *, eps: float, return_lse: bool = False
+                       ) -> Array | tuple[Array, Array]:
+    """:func:`attention` of queries that the kernel norms and rotates itself, without bias.
+
+    Where gradients are taken, the queries are prepared outside and everything is as in :func:`attention`.
+
+    Raises: NotImplementedError as there, for head sizes below 128, and where the rotary tables do not fit in VMEM.
+    """
+    return _raw_checked(queries, k, v, eps, return_lse, CHIPS[_chip()], False)
+
+
+def interpreted_raw_queries(queries: RawQueries, k: Array, v: Array, *, eps: float, return_lse: bool = False
+                            ) -> Array | tuple[Array, Array]:
+    """The same as :func:`interpreted` is to :func:`attention`."""
+    return _raw_checked(queries, k, v, eps, return_lse, INTERPRETED, True)
+
+
+attention.attend_raw_queries = attend_raw_queries
+interpreted.attend_raw_queries = interpreted_raw_queries
+
+
+def _chip() -> str:
+    device = current_device()
+    if device.platform != "tpu":
+        raise NotImplementedError(f"the kernel is for TPUs, the device is {device.kind} ({device.platform})")
+    chip = chip_of(device.kind)
+    if chip is None:
+        raise NotImplementedError(f"no tiles for {device.kind}; there are tiles for {', '.join(CHIPS)}")
+    return chip
+
+
+def _raw_checked(queries, k, v, eps, return_lse, chip, interpret):
+    _check(queries.q, k, v)
+    rows, settings = queries.q.shape[1], settings_for(chip, k.shape[1], k.dtype.itemsize, False, interpret)
+    if k.shape[-1] % LANES:
+        raise NotImplementedError(f"heads are cut out of the projection's rows from size {LANES}, got {k.shape[-1]}")
+    needed = forward_bytes(k.shape[1], settings.forward_tile, k.dtype.itemsize, False, rows)
+    if needed > usable_vmem(chip):
+        raise NotImplementedError(f"keys, values and rotary tables need {needed} bytes of VMEM, there are "
+                                  f"{usable_vmem(chip)}")
+    out, lse = _attention_of_raw(settings, eps, queries, k, v)
+    return (out, lse) if return_lse else out
+
+
 def _checked(q, k, v, bias, return_lse, chip, interpret):
-    if q.dtype not in (jnp.bfloat16, jnp.float32) or not q.dtype == k.dtype == v.dtype:
-        raise NotImplementedError(f"q, k and v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if q.shape[-1] not in HEAD_SIZES:
-        raise NotImplementedError(f"head size: one of {HEAD_SIZES}, got {q.shape[-1]}")
+    _check(q, k, v)
     settings = settings_for(chip, k.shape[1], q.dtype.itemsize, bias is not None, interpret)
     out, lse = _attention(settings, q, k, v, None if bias is None else bias.astype(jnp.float32))
     return (out, lse) if return_lse else out
 
 
+def _check(q: Array, k: Array, v: Array) -> None:
+    if q.dtype not in (jnp.bfloat16, jnp.float32) or not q.dtype == k.dtype == v.dtype:
+        raise NotImplementedError(f"q, k and v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[-1] not in HEAD_SIZES:
+        raise NotImplementedError(f"head size: one of {HEAD_SIZES}, got {k.shape[-1]}")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(settings: Settings, q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
     """q: [B, S, N, D]; k, v: [B, K, N, D]; bias: [B, K]. Returns [B, S, N, D] and the log-sum-exp [B, N, S]."""
+    out, _, lse = _forward(settings, q, k, v, bias, with_rest=False)
+    return out, lse
+
+
+def _forward(settings: Settings, q: Array, k: Array, v: Array, bias: Array | None, *, with_rest: bool):
+    """(output, what it lost when it was rounded or None, log-sum-exp)."""
     batch, _, heads, size = q.shape
+    dtype, with_rest = q.dtype, with_rest and q.dtype != jnp.float32
     q, k, v = _heads_first(q), _heads_first(k), _flat(v)
     run = functools.partial(forward, size=size, tile=settings.forward_tile, bounded=settings.bounded,
                             interpret=settings.interpret)
     column = None if bias is None else bias[..., None]  # [B, K, 1]: along the sublanes, as the keys are
-    parts = [run(q, k[:, part], v[:, part], None if column is None else column[:, part],
-                 out_dtype=q.dtype if k.shape[1] <= settings.max_keys else jnp.float32)
-             for part in _parts(k.shape[1], settings.max_keys, REGISTER_ROWS)]
-    out, lse = parts[0]
-    if len(parts) > 1:
+    if k.shape[1] <= settings.max_keys:
+        out, *rest, lse = run(q, k, v, column, out_dtype=dtype, with_rest=with_rest)
+        out, *rest = (_heads(x, batch, heads) for x in (out, *rest))
+    else:
+        parts = [run(q, k[:, part], v[:, part], None if column is None else column[:, part], out_dtype=jnp.float32)
+                 for part in _parts(k.shape[1], settings.max_keys, REGISTER_ROWS)]
         lse = jax.nn.logsumexp(jnp.stack([part_lse for _, part_lse in parts]), axis=0)
         share = [jnp.exp(part_lse - lse).reshape(batch, heads, -1) for _, part_lse in parts]
         outs = [_heads(part, batch, heads) for part, _ in parts]
-        out = sum(o * w.swapaxes(1, 2)[..., None] for o, w in zip(outs, share, strict=True)).astype(q.dtype)
-    else:
-        out = _heads(out, batch, heads)
-    return out, lse.reshape(batch, heads, -1)
+        exact = sum(o * w.swapaxes(1, 2)[..., None] for o, w in zip(outs, share, strict=True))
+        out = exact.astype(dtype)
+        rest = [(exact - out.astype(jnp.float32)).astype(dtype)] if with_rest else []
+    return out, rest[0] if rest else None, lse.reshape(batch, heads, -1)
 
 
 def _attention_forward(settings, q, k, v, bias):
-    out, lse = _attention(settings, q, k, v, bias)
-    return (out, lse), (q, k, v, bias, out, lse)
+    out, rest, lse = _forward(settings, q, k, v, bias, with_rest=True)
+    return (out, lse), (q, k, v, bias, out, rest, lse)
 
 
 def _attention_backward(settings, residuals, gradients):
-    q, k, v, bias, out, lse = residuals
+    q, k, v, bias, out, rest, lse = residuals
     g, d_lse = gradients
     batch, queries, heads, size = q.shape
-    delta = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)  # [B, S, N]
+    delta = output_products(out, rest, g)  # [B, S, N]
     # The gradient of the log-sum-exp with respect to the logits is the weights, so it only shifts delta.
     delta = (delta.swapaxes(1, 2) - d_lse).reshape(batch * heads, queries)
     lse = lse.reshape(batch * heads, queries)
@@ -137,6 +193,27 @@ def _attention_backward(settings, residuals, gradients):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention_of_raw(settings: Settings, eps: float, queries: RawQueries, k: Array, v: Array) -> tuple[Array, Array]:
+    """As ``_attention``, for k and v of one part."""
+    batch, _, heads, size = k.shape
+    q, norm, cos, sin = queries
+    prologue = Prologue.of(q, norm, cos, sin, eps, size, split(q.shape[1], settings.forward_tile[0], LANES))
+    out, lse = forward(q, _heads_first(k), _flat(v), None, size=size, tile=settings.forward_tile, out_dtype=q.dtype,
+                       bounded=settings.bounded, prologue=prologue, interpret=settings.interpret)
+    return _heads(out, batch, heads), lse.reshape(batch, heads, -1)
+
+
+def _attention_of_raw_forward(settings, eps, queries, k, v):
+    def prepared(queries, k, v):
+        return _attention(settings, queries.prepared(k.shape[2], eps), k, v, None)
+
+    return jax.vjp(prepared, queries, k, v)
+
+
+_attention_of_raw.defvjp(_attention_of_raw_forward, lambda settings, eps, vjp, gradients: vjp(gradients))
 
 
 def _parts(length: int, largest: int, multiple: int) -> list[slice]:

@@ -19,6 +19,10 @@ values below 2^16 stays below 2^96: no overflow. The largest is at least 2^(64 -
 2^-40 of the largest (2^16 of them together make up 2^-24 of the sum, one float32 rounding); it is a normal float32, at
 least 2^-126, when G <= 126 + 64 - 40 = 150 = ``LARGEST_GAP``. A block with a query beyond it takes the running maximum.
 
+What it costs is exactness, where weights are rounded to bfloat16 for their product with the values: under a running
+maximum the largest weight is 1, which is exact. With logits of standard deviation 1 the root mean square error of the
+output is 1.1 times as large, of standard deviation 3 it is 1.3 times as large, as in attention that is not fused.
+
 A bound per query is needed. RMS norm spans all N heads together, so a single head may hold the norm of all N * D
 channels: the bound without looking at q is scale * N * D * max(w)^2, for 40 heads of 128 and weights of 1 that is 653
 powers of two, far beyond the limit. The history's key scale, up to 10, multiplies it again.
@@ -28,12 +32,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.attention.prologue import partner_matrix
 from kernels.attention.tpu_tiles import LANES, forward_bytes, split
 
 LOG2_E = math.log2(math.e)
@@ -43,6 +49,52 @@ SHIFT = 64.0
 LARGEST_GAP = 150.0
 # |q|, |k| and the logits are rounded to float32 on the way, and sums of 128 squares by a few units more.
 SLACK = 1 + 2.0**-16
+
+
+class Prologue(NamedTuple):
+    """With it the kernel norms and rotates the queries of each program itself.
+
+    The statistic of the norm spans all heads, so it comes from outside, as a row: a column of single numbers would fill
+    one lane of 128. The tables are the same for all heads and stay in VMEM.
+
+    inverse: [B, 1, S] float32, 1 / root mean square of a query row; norm: [N, 1, D]; cos, sin: [S', D] float32, one
+    number per channel, S' a multiple of the block of queries; partner: [D, D] of ``prologue.partner_matrix``.
+    """
+
+    inverse: jax.Array
+    norm: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+    partner: jax.Array
+
+    @classmethod
+    def of(cls, q: jax.Array, norm: jax.Array, cos: jax.Array, sin: jax.Array, eps: float, size: int, block: int):
+        """q: [B, S, N*D] from the projection; norm: [N*D]; cos, sin: [S, D/2]; block: queries of a program."""
+        inverse = jax.lax.rsqrt(jnp.square(q.astype(jnp.float32)).mean(-1) + eps)[:, None]
+        rows = ((0, -q.shape[1] % block), (0, 0))
+        cos, sin = (jnp.pad(jnp.repeat(table, 2, axis=-1), rows) for table in (cos, sin))
+        return cls(inverse, norm.astype(jnp.float32).reshape(-1, 1, size), cos, sin, partner_matrix(size, q.dtype))
+
+    def specs(self, block: int) -> Prologue:
+        """The grid is (heads of all samples, blocks of queries)."""
+        heads = self.norm.shape[0]
+        whole = functools.partial(pl.BlockSpec, index_map=lambda program, i: (0, 0), pipeline_mode=pl.Buffered(1))
+        return Prologue(pl.BlockSpec((None, 1, block), lambda program, i: (program // heads, 0, i)),
+                        pl.BlockSpec((None, *self.norm.shape[1:]), lambda program, i: (program % heads, 0, 0)),
+                        *(whole(table.shape) for table in self[2:]))
+
+
+def prepared(q: jax.Array, refs: Prologue, rows: slice, start: int | jax.Array) -> jax.Array:
+    """Norm and rotation as in ``prologue.prepare_queries``, with the same roundings.
+
+    q: [columns, D] straight from the projection, the ``rows`` of its block; start: their first row in the sequence.
+    """
+    columns, size = q.shape
+    here = pl.ds(start, columns)
+    inverse = jnp.broadcast_to(refs.inverse[:, rows], (size, columns)).T
+    normed = (q.astype(jnp.float32) * inverse * refs.norm[...]).astype(q.dtype)
+    swapped = dot(normed, refs.partner[...], (1, 0))
+    return (normed.astype(jnp.float32) * refs.cos[here, :] + swapped * refs.sin[here, :]).astype(q.dtype)
 
 
 def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -93,11 +145,19 @@ def bound_and_gap(q: jax.Array, summary: jax.Array) -> tuple[jax.Array, jax.Arra
     return bound, bound - mean
 
 
-def _kernel(*refs, queries: int, step: int, with_bias: bool, bounded: bool):
-    """q_ref, out_ref: [block, D]; k_ref, v_ref: [K, D]; bias_ref [K, 1] or summary_ref [D, 2]; lse_ref: [1, block]."""
-    q_ref, k_ref, v_ref, *extra, out_ref, lse_ref, top_ref, total_ref, sum_ref = refs
+def _kernel(*refs, names: tuple[str, ...], queries: int, step: int):
+    """``names`` of ``refs``: "q", "out", "rest": [block, D]; "k", "v": [K, D]; "bias": [K, 1], or "summary": [D, 2] if
+    softmax goes by a bound; the fields of ``Prologue``; "lse": [1, block]; scratch "top", "total": [1, block], "sum":
+    [D, block], and "prepared" [block, D] where there is a prologue."""
+    refs = dict(zip(names, refs, strict=True))
+    q_ref, k_ref, v_ref = refs["q"], refs["k"], refs["v"]
+    top_ref, total_ref, sum_ref = refs["top"], refs["total"], refs["sum"]
     keys, block = k_ref.shape[0], q_ref.shape[0]
+    if "prepared" in refs:
+        raw_ref, q_ref = q_ref, refs["prepared"]
+        prologue = Prologue(*(refs[field] for field in Prologue._fields))
     whole, rest = divmod(keys, step)
+    index, last = pl.program_id(1), pl.num_programs(1) - 1
 
     def over_keys(inner) -> None:
         jax.lax.fori_loop(0, whole, lambda j, _: inner(pl.multiple_of(j * step, step), step), None)
@@ -108,10 +168,13 @@ def _kernel(*refs, queries: int, step: int, with_bias: bool, bounded: bool):
         here = slice(0, columns)
         total_ref[:, here] = jnp.zeros((1, columns), jnp.float32)
         sum_ref[:, here] = jnp.zeros((sum_ref.shape[0], columns), jnp.float32)
+        if "prepared" in refs:
+            first = pl.multiple_of(index * block, block)
+            q_ref[here, :] = prepared(raw_ref[here, :], prologue, here, first)
 
         def with_running_maximum(start, rows: int) -> None:
             window = pl.ds(start, rows)
-            bias = extra[0][window, :] if with_bias else None
+            bias = refs["bias"][window, :] if "bias" in refs else None
             logits = scores(k_ref[window, :], q_ref[here, :], bias)  # [rows, columns]
             old = top_ref[:, here]
             top = jnp.maximum(old, logits.max(0, keepdims=True))
@@ -134,8 +197,8 @@ def _kernel(*refs, queries: int, step: int, with_bias: bool, bounded: bool):
             top_ref[:, here] = jnp.full((1, columns), LOWEST, jnp.float32)
             over_keys(with_running_maximum)
 
-        if bounded:
-            bound, gap = bound_and_gap(q_ref[here, :], extra[0][...])
+        if "summary" in refs:
+            bound, gap = bound_and_gap(q_ref[here, :], refs["summary"][...])
             if valid < columns:  # what lies beyond the last query must not decide, or two runs could differ
                 gap = jnp.where(jax.lax.broadcasted_iota(jnp.int32, gap.shape, 1) < valid, gap, 0.0)
             fits = gap.max() <= LARGEST_GAP
@@ -149,16 +212,19 @@ def _kernel(*refs, queries: int, step: int, with_bias: bool, bounded: bool):
         else:
             run_with_maximum()
         total = total_ref[:, here]
-        out_ref[here, :] = (sum_ref[:, here] / total).T.astype(out_ref.dtype)
-        lse_ref[:, here] = top_ref[:, here] / LOG2_E + jnp.log(total)
+        out = (sum_ref[:, here] / total).T
+        rounded = out.astype(refs["out"].dtype)
+        refs["out"][here, :] = rounded
+        if "rest" in refs:
+            refs["rest"][here, :] = (out - rounded.astype(jnp.float32)).astype(rounded.dtype)
+        refs["lse"][:, here] = top_ref[:, here] / LOG2_E + jnp.log(total)
 
-    last = pl.num_programs(1) - 1
     rest_of_queries, tail = columns_of_last(queries, block)
     if rest_of_queries == block:
         program(block, block)
     else:
-        pl.when(pl.program_id(1) < last)(functools.partial(program, block, block))
-        pl.when(pl.program_id(1) == last)(functools.partial(program, rest_of_queries, tail))
+        pl.when(index < last)(functools.partial(program, block, block))
+        pl.when(index == last)(functools.partial(program, rest_of_queries, tail))
 
 
 def forward(
@@ -171,8 +237,10 @@ def forward(
     tile: tuple[int, int],
     out_dtype: jnp.dtype,
     bounded: bool = False,
+    with_rest: bool = False,
+    prologue: Prologue | None = None,
     interpret=False,
-) -> tuple[jax.Array, jax.Array]:
+) -> list[jax.Array]:
     """Attention of every head.
 
     Args:
@@ -180,8 +248,11 @@ def forward(
       bias: [B, K, 1] float32 or None.
       size: D. tile: (queries of one program, keys of one inner step), upper bounds.
       bounded: use the bound of the module's docstring where it holds; without effect where there is a bias.
+      with_rest: also return what the output lost when it was rounded to ``out_dtype``.
+      prologue: norms and rotates the queries, which are then [B, S, N*D].
       interpret: as for ``pl.pallas_call``.
-    Returns: [B*N, S, D] or [B, S, N*D] in ``out_dtype`` and the log-sum-exp [B*N, 1, S] float32.
+    Returns: [B*N, S, D] or [B, S, N*D] in ``out_dtype``, with ``with_rest`` the rest like it, and the log-sum-exp
+      [B*N, 1, S] float32.
     """
     queries, keys = q.shape[1], k.shape[1]
     programs = q.shape[0] * q.shape[2] // size  # heads of all samples
@@ -191,28 +262,38 @@ def forward(
     def resident(_):
         return 0
 
+    names, operands = ["q", "k", "v"], [q, k, v]
     in_specs = [head_rows(q, size, block, lambda i: i), head_rows(k, size, keys, resident),
                 head_rows(v, size, keys, resident)]
-    operands = [q, k, v]
+    scratch = [pltpu.VMEM((1, block), jnp.float32), pltpu.VMEM((1, block), jnp.float32),
+               pltpu.VMEM((size, block), jnp.float32)]
     if bias is not None:
         heads = programs // bias.shape[0]
         in_specs.append(pl.BlockSpec((None, keys, 1), lambda program, i: (program // heads, 0, 0)))
         operands.append(bias)
+        names.append("bias")
     elif bounded:
         in_specs.append(pl.BlockSpec((None, size, 2), lambda program, i: (program, 0, 0)))
         operands.append(keys_summary(k, size))
-    vmem = forward_bytes(keys, (block, step), q.dtype.itemsize, bias is not None)
+        names.append("summary")
+    if prologue is not None:
+        in_specs += prologue.specs(block)
+        operands += prologue
+        names += Prologue._fields
+        scratch.append(pltpu.VMEM((block, size), q.dtype))
+    tables = 0 if prologue is None else prologue.cos.shape[0]
+    vmem = forward_bytes(keys, (block, step), q.dtype.itemsize, bias is not None, tables)
+    results = ["out", "rest", "lse"] if with_rest else ["out", "lse"]
+    names = (*names, *results, "top", "total", "sum", *(["prepared"] if prologue is not None else []))
     pairs = programs * queries * keys
     return pl.pallas_call(
-        functools.partial(_kernel, queries=queries, step=step, with_bias=bias is not None,
-                          bounded=bounded and bias is None),
+        functools.partial(_kernel, names=names, queries=queries, step=step),
         grid=(programs, pl.cdiv(queries, block)),
         in_specs=in_specs,
-        out_specs=[head_rows(out, size, block, lambda i: i),
-                   pl.BlockSpec((None, 1, block), lambda program, i: (program, 0, i))],
-        out_shape=[out, jax.ShapeDtypeStruct((programs, 1, queries), jnp.float32)],
-        scratch_shapes=[pltpu.VMEM((1, block), jnp.float32), pltpu.VMEM((1, block), jnp.float32),
-                        pltpu.VMEM((size, block), jnp.float32)],
+        out_specs=[head_rows(out, size, block, lambda i: i)] * (1 + with_rest)
+        + [pl.BlockSpec((None, 1, block), lambda program, i: (program, 0, i))],
+        out_shape=[out] * (1 + with_rest) + [jax.ShapeDtypeStruct((programs, 1, queries), jnp.float32)],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"),
                                              vmem_limit_bytes=vmem + vmem // 4 + (4 << 20)),
         cost_estimate=pl.CostEstimate(flops=4 * pairs * size, transcendentals=pairs,
