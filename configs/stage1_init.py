@@ -8,9 +8,11 @@ Sizes: 14b (default), 1.3b (start from Wan-AI/Wan2.1-T2V-1.3B-Diffusers), 3b. Th
 so that run trains every parameter from random ones, with a tenth of the captions empty; models/start-3b then needs no
 transformer, only vae/, text_encoder/ and tokenizer/.
 Data: data/latents, 384x640 (latents 48x80), sections of 33 frames.
-Hardware: the original used 64 accelerators of 80 GB with two samples each; the global batch is 128.
-Time: not measured here (its authors: 2 to 3 days for both runs of stage 1). Stop it with SIGTERM when the validation
-loss no longer falls, or set --config.num_steps; a user of the original reports about 5500 steps.
+Hardware: the original used 64 accelerators of 80 GB with two samples each; the global batch is 128. 64 chips of v5p
+hold the 14b run as it stands; other slices and meshes: docs/pods.md.
+Time: not measured here (its authors: 2 to 3 days for both runs of stage 1). Modelled for 64 chips of v5p: 9.3 s per
+step, with matrix products at 0.6 of the peak and communication behind them; 14 hours for the 5500 steps that a user of
+the original reports. Stop it with SIGTERM when the validation loss no longer falls, or set --config.num_steps.
 Result: runs/stage1_init/export after the last step.
 
 LoRA of rank 128 on every Linear layer and on patch_embedding; the history convolutions are trained whole. Different

@@ -150,6 +150,28 @@ class ChunkSampler:
             x = program(variables, x, block, text, history, anchor, tables[stage])
         return x
 
+    def input_shapes(self, stage: int, batch: int) -> tuple[tuple[int, ...] | None, ...]:
+        """Shapes of what one stage's program reads beside the text: latents, noise of the transition into the stage
+        (None for the first), history, anchor; all float32."""
+        frames, size = self.plan.layout.chunk, (*self.size, self.channels)
+        h, w = (length // 2 ** (self.stages - 1 - stage) for length in self.size)
+        before = 2 if stage else 1  # a later stage enlarges what the one before it made
+        return ((batch, frames, h // before, w // before, self.channels),
+                pyramid.block_noise_shape(batch, frames, h, w, self.channels) if stage else None,
+                (batch, self.plan.layout.frames, *size), (batch, 1, *size))
+
+    def trace(self, stage: int, variables: Mapping[str, Any], text: TextContext, inputs: Sequence[Any]
+              ) -> jax.stages.Traced:
+        """The program of one stage, to be counted or compiled; nothing runs.
+
+        Args:
+          stage: its index, lowest resolution first.
+          variables, text: as for :meth:`denoise`; ``jax.ShapeDtypeStruct`` will do, here and in ``inputs``.
+          inputs: arrays of :meth:`input_shapes`.
+        """
+        x, block, history, anchor = inputs
+        return self._stage_programs[stage].trace(variables, x, block, text, history, anchor, self._tables[False][stage])
+
     def compiled_programs(self) -> int:
         """How many programs have been compiled so far."""
         return self._noise_shape._cache_size() + sum(program._cache_size() for program in self._stage_programs)

@@ -1,11 +1,14 @@
-"""Compiles a training step for machines that are not there, and says whether and how it would run.
+"""Compiles a training step, or a sampler, for machines that are not there, and says whether and how it would run.
 
-    python -m helios_jax.tools.compile_check --config configs/tiny_stage1.py --topology v5e:2x2 --set mesh.fsdp=-1
+    python -m helios_jax.tools.compile_check --config configs/stage1_init.py:14b --topology v5p:4x4x4
+    python -m helios_jax.tools.compile_check --config configs/stage2_init.py:14b --topology v6e:2x4 --sample 1 \\
+        --set mesh.fsdp=1 --set mesh.context=8
 
-It needs libtpu (``pip install "jax[tpu]"``), no TPU. The step is the trainer's own, with the run's mesh, batch and
-optimizer; only the data may be missing, and then random records of the asked size stand in. Printed are the memory of a
-chip by kind, the arithmetic, the collectives, and a modelled step time with what it assumes. Exit code 0: it fits;
-1: it does not, and the last line names a change that makes it fit (compiled, too); 2: a mistake in the arguments.
+It needs libtpu (``pip install libtpu``), no TPU. The step is the trainer's own, with the run's mesh, batch and
+optimizer; only the data may be missing, and then random records of the asked size stand in. ``--sample N`` compiles the
+sampler's own programs for one chunk of N videos instead, one per pyramid level. Printed are the memory of a chip by
+kind, the arithmetic, the collectives, and a modelled time with what it assumes. Exit code 0: it fits; 1: it does not,
+and the last line names a change that makes it fit (compiled, too); 2: a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -13,16 +16,16 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import math
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +35,11 @@ from helios_jax.data.buckets import latent_folders
 from helios_jax.data.pipeline import BUCKETS_FILE, DATASET_FILE
 from helios_jax.data.random_latents import write_random_latents
 from helios_jax.errors import UserError, command_line
-from helios_jax.tools.roofline import CHIPS, Chip, Collective, collectives, count_flops
+from helios_jax.sharding import Partition
+from helios_jax.tools.roofline import CHIPS, Chip, Collective, collectives, model_time
+from helios_jax.tools.workloads import Workload, sampling_workloads, training_workload
 from helios_jax.training.config import RunConfig, run_config
-from helios_jax.training.objective import objective_module
-from helios_jax.training.program import Program, make_step
 
-PyTree = Any
 GIB = 2**30
 
 
@@ -58,6 +60,14 @@ class Report(NamedTuple):
     compiler_flops: float
     collectives: dict[str, Collective]
     seconds: float
+
+
+class Built(NamedTuple):
+    """A configuration made ready to compile."""
+
+    run: RunConfig
+    partition: Partition
+    workloads: list[Workload]
 
 
 def load_values(config: str, changes: list[str]) -> dict[str, Any]:
@@ -130,31 +140,11 @@ def stand_in_data(values: Mapping[str, Any], size: tuple[int, int]) -> Iterator[
         yield values, "; ".join(notes)
 
 
-def abstract_batch(run: RunConfig, program: Program) -> PyTree:
-    """Shapes and places of the run's batch, from one real sample."""
-    sample = next(iter(objective_module(run.objective_name).build(dataclasses.replace(run, batch_size=1)).dataset))
-
-    def leaf(array: Any) -> jax.ShapeDtypeStruct:
-        shape = (run.batch_size, *array.shape[1:])
-        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(array.dtype),
-                                    sharding=program.partition.batch(shape))
-
-    return jax.tree.map(leaf, sample)
-
-
-def _bytes(tree: PyTree) -> float:
-    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                     for leaf in jax.tree.leaves(tree)))
-
-
-def check(program: Program, batch: PyTree) -> Report:
-    """Compiles the step."""
-    state = program.abstract_state
-    kinds = {"parameters": _bytes(state.params), "average": _bytes(state.ema), "optimizer": _bytes(state.optimizer),
-             "frozen": _bytes(program.abstract_frozen), "batch": _bytes(batch)}
+def check(workload: Workload, partition: Partition) -> Report:
+    """Compiles one function."""
     start = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(program.partition.mesh.abstract_mesh):  # kernels ask it for the chip
-        lowered = program.lower(batch)
+    with jax.sharding.use_abstract_mesh(partition.mesh.abstract_mesh):  # kernels ask it for the chip
+        lowered = workload.lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -162,10 +152,11 @@ def check(program: Program, batch: PyTree) -> Report:
         if "RESOURCE_EXHAUSTED" not in str(error) and used is None:
             raise
         size = float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[used[2]] if used else math.nan
-        return Report(False, size, kinds, math.nan, {}, time.perf_counter() - start)
+        return Report(False, size, workload.arguments, math.nan, {}, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    kinds |= {"temporary": float(memory.temp_size_in_bytes), "code": float(memory.generated_code_size_in_bytes)}
+    kinds = workload.arguments | {"temporary": float(memory.temp_size_in_bytes),
+                                  "code": float(memory.generated_code_size_in_bytes)}
     used = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
     cost = compiled.cost_analysis() or {}
@@ -174,79 +165,95 @@ def check(program: Program, batch: PyTree) -> Report:
                   seconds)
 
 
-def step_flops(program: Program, batch: PyTree) -> tuple[float, float]:
-    """Operations of one step on all chips: as it is computed, and without what rematerialisation computes again.
-
-    Attention is counted as its CPU variant computes it: like the kernels, it computes its weights again for the
-    gradient, and that counts in both numbers.
-    """
-
-    def count(run: RunConfig, objective: Any) -> float:
-        step = make_step(run, objective, program.optimizer, program.trainable)
-        return count_flops(jax.make_jaxpr(step)(program.abstract_state, program.abstract_frozen, batch))
-
-    run = program.run
-    computed = count(run, program.objective)
-    if getattr(run.objective, "remat", None) is None:
-        return computed, computed
-    plain = dataclasses.replace(run, objective=dataclasses.replace(run.objective, remat=None))
-    return computed, count(plain, objective_module(run.objective_name).build(plain))
+def heading(built: Built, chip: Chip, videos: int | None) -> str:
+    """What is compiled, for which mesh."""
+    run, mesh = built.run, built.partition.mesh
+    what = f"batch {run.batch_size} in {run.accumulate} part(s)" if videos is None else f"sampling {videos} video(s)"
+    return (f"{run.objective_name}, {what}, {mesh.size} chips {chip.name}: "
+            + " x ".join(f"{axis} {length}" for axis, length in mesh.shape.items()))
 
 
-def describe(program: Program, chip: Chip, report: Report, flops: tuple[float, float], efficiency: float) -> list[str]:
-    """The report as lines."""
-    mesh = program.partition.mesh
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    lines = [f"{program.run.objective_name}, batch {program.run.batch_size} in {program.run.accumulate} part(s), "
-             f"{mesh.size} chips {chip.name}: {sizes}",
-             f"compiled in {report.seconds:.0f} s" if report.fits else "does not compile within the chip's memory",
-             f"memory per chip: {report.used / GIB:.2f} of {chip.memory / GIB:.2f} GiB"]
-    lines += [f"  {name:<10} {size / GIB:8.3f} GiB" for name, size in report.kinds.items()]
-    computed, useful = flops
-    lines.append(f"matrix products per step and chip: {computed / mesh.size / 1e12:.2f} TFLOP, of them "
-                 f"{(computed - useful) / mesh.size / 1e12:.2f} by rematerialisation (counted in the traced step)")
+def describe(workload: Workload, report: Report, chip: Chip, chips: int, flops: tuple[float, float],
+             efficiency: float) -> list[str]:
+    """The report on one compiled function as lines."""
+    lines = [workload.name,
+             f"  compiled in {report.seconds:.0f} s" if report.fits else "  does not compile within the chip's memory",
+             f"  memory per chip: {report.used / GIB:.2f} of {chip.memory / GIB:.2f} GiB"]
+    lines += [f"    {name:<10} {size / GIB:8.3f} GiB" for name, size in report.kinds.items() if size]
+    computed, useful = (number / chips for number in flops)
+    lines.append(f"  matrix products per chip: {computed / 1e12:.2f} TFLOP, of them "
+                 f"{(computed - useful) / 1e12:.2f} by rematerialisation (counted in the traced function)")
     if not report.fits:
         return lines
-    lines.append(f"the compiler's count: {report.compiler_flops / 1e12:.2f} TFLOP, with every loop counted once")
-    traffic = 0.0
-    for kind, (count, size) in report.collectives.items():
-        lines.append(f"  {kind:<20} {count:6d} times {size / GIB:9.3f} GiB of results per chip")
-        traffic += 2 * size if kind == "all-reduce" else size
-    compute = computed / mesh.size / (chip.flops * efficiency)
-    communicate = traffic / chip.link_bandwidth
-    best, worst = max(compute, communicate), compute + communicate
-    rate = useful / mesh.size / chip.flops
-    lines += [
-        f"modelled step: {best:.3f} s if communication hides behind arithmetic, {worst:.3f} s if it does not; "
-        f"MFU {100 * rate / best:.0f} % to {100 * rate / worst:.0f} %",
-        f"  arithmetic {compute:.3f} s: {chip.flops / 1e12:.0f} TFLOP/s peak x {efficiency} (assumed, --efficiency)",
-        f"  communication {communicate:.3f} s: {chip.link_bandwidth / 1e9:.0f} GB/s, one torus axis both ways; an "
-        "all-reduce moves its result twice, others once",
-        "  not in the model: work that is bound by memory, latencies, waiting for data, traffic between slices",
-    ]
+    lines.append(f"  the compiler's count: {report.compiler_flops / 1e12:.2f} TFLOP, with every loop counted once")
+    for kind, found in report.collectives.items():
+        lines.append(f"    {kind:<20} {found.count:6d} times {found.bytes / GIB:9.3f} GiB of results, "
+                     f"{found.sent / GIB:9.3f} GiB sent by a chip")
+    modelled = model_time(chip, computed, sum(found.sent for found in report.collectives.values()), efficiency)
+    repeated = f" of {workload.times}" if workload.times > 1 else ""
+    lines.append(f"  modelled step{repeated}: {modelled.best:.3f} s if communication hides behind arithmetic, "
+                 f"{modelled.worst:.3f} s if it does not; MFU {100 * useful / chip.flops / modelled.best:.0f} % to "
+                 f"{100 * useful / chip.flops / modelled.worst:.0f} %")
+    lines.append(f"    arithmetic {modelled.arithmetic:.3f} s, communication {modelled.communication:.3f} s")
     return lines
 
 
-def remedies(run: RunConfig, chips: int) -> Iterator[tuple[str, ...]]:
-    """Changes that save memory, in the order in which they cost speed."""
+def assumptions(chip: Chip, efficiency: float) -> str:
+    """What the modelled times assume."""
+    return (f"modelled, not measured: products at {efficiency} (--efficiency) of {chip.flops / 1e12:.0f} TFLOP/s; "
+            f"rings over one torus axis in both directions, {chip.link_bandwidth / 1e9:.0f} GB/s; left out: work bound "
+            "by memory, latencies, waiting for data, traffic between slices")
+
+
+def remedies(run: RunConfig, chips: int, sampling: bool) -> Iterator[tuple[str, ...]]:
+    """Changes that save memory, in the order in which they cost speed; the later ones contain the earlier ones."""
     base: tuple[str, ...] = ()
     sizes = run.mesh.resolve(chips)
-    if sizes["data"] > 1:
-        base = (f"mesh.fsdp={sizes['data'] * sizes['fsdp']}", "mesh.data=1")
+    fsdp = sizes["fsdp"]
+    if sizes["data"] > 1 and not sampling:
+        fsdp *= sizes["data"]
+        base = (f"mesh.fsdp={fsdp}", "mesh.data=1")
         yield base
-    if getattr(run.objective, "remat", "") is None:
+    spread = [axis for axis in ("data", "fsdp", "context") if sizes[axis] > 1 and not (axis == "data" and base)]
+    if spread not in ([], ["fsdp"]) and "embed" not in dict(run.mesh.rules):
+        base = (*base, f"mesh.rules={[['embed', spread]]}")
+        yield base
+    if sampling:
+        return
+    if getattr(run.objective, "remat", "nothing_saveable") != "nothing_saveable":
         base = (*base, "objective.remat=nothing_saveable")
         yield base
-    batch_parts = sizes["data"] * sizes["fsdp"]
     parts = run.accumulate * 2
-    while run.batch_size % (parts * batch_parts) == 0:
+    while run.batch_size % (parts * fsdp) == 0:
         yield (*base, f"accumulate={parts}")
         parts *= 2
+    # One sample at a time per group of chips that share its tokens.
     heads = getattr(getattr(run.objective, "transformer", None), "num_attention_heads", 0)
+    base = tuple(change for change in base if not change.startswith("mesh."))
     for factor in (2, 4, 8):
-        if heads and heads % (sizes["context"] * sizes["tensor"] * factor) == 0 and batch_parts % factor == 0:
-            yield (*[change for change in base if not change.startswith("mesh.")], "mesh.data=1",
-                   f"mesh.fsdp={batch_parts // factor}", f"mesh.tensor={sizes['tensor'] * factor}")
+        context, rest = sizes["context"] * factor, fsdp // factor
+        if heads and heads % (context * sizes["tensor"]) == 0 and fsdp % factor == 0 and run.batch_size % rest == 0:
+            yield (*base, "mesh.data=1", f"mesh.fsdp={rest}", f"mesh.context={context}",
+                   f"mesh.rules={[['embed', ['fsdp', 'context']]]}", f"accumulate={run.batch_size // rest}")
+
+
+def remedy(build: Callable[..., Built], tried: Iterable[tuple[str, ...]], chip: Chip) -> str:
+    """The end of the last line: the first of some changes that was compiled and fits, or that none does.
+
+    Args:
+      build: makes what is compiled from changes.
+      tried: of :func:`remedies`.
+      chip: where it shall fit.
+    """
+    for changes in tried:
+        changed = build(changes)
+        if max(sum(workload.arguments.values()) for workload in changed.workloads) > chip.memory:
+            continue
+        reports = [check(workload, changed.partition) for workload in changed.workloads]
+        if all(report.fits for report in reports):
+            return (f"; it would with {' '.join(f'--set {shlex.quote(change)}' for change in changes)} "
+                    f"({max(report.used for report in reports) / GIB:.2f} of {chip.memory / GIB:.2f} GiB)")
+    return ", nor with any change that was tried: more chips, fewer parameters or smaller videos are needed"
 
 
 def _devices(topology: str) -> tuple[Chip, list[Any]]:
@@ -269,7 +276,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--topology", required=True, help="chip:shape, for example v5p:4x4x4 or v6e:16x16")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
                         help="changes a value of the configuration, for example mesh.fsdp=64; may be repeated")
-    parser.add_argument("--size", default="384x640", help="pixels of a video where the data is not there")
+    parser.add_argument("--sample", type=int, metavar="VIDEOS",
+                        help="compiles the sampling of so many videos at once in place of the training step")
+    parser.add_argument("--size", default="384x640", help="pixels of a video, in training where the data is not there")
     parser.add_argument("--efficiency", type=float, default=0.6, help="of the peak, in the modelled time")
     parser.add_argument("--no-remedy", action="store_true", help="do not look for a change that makes it fit")
     parser.add_argument("--json", help="also writes the numbers to this file")
@@ -284,6 +293,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--size: HEIGHTxWIDTH in multiples of 16, got {arguments.size!r}")
     if not 0 < arguments.efficiency <= 1:
         raise UserError(f"--efficiency: above 0 and at most 1, got {arguments.efficiency}")
+    if arguments.sample is not None and arguments.sample < 1:
+        raise UserError(f"--sample: a positive number of videos, got {arguments.sample}")
+    size = (int(match[1]), int(match[2]))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock file: several checks may run at once
     jax.config.update("jax_platforms", "cpu")  # constants of the trace lie there, whatever this machine has
@@ -291,39 +303,43 @@ def main(argv: list[str] | None = None) -> int:
     if "objective" not in values:
         raise UserError("config.objective.name: required key is missing")
     chip, devices = _devices(arguments.topology)
-    with stand_in_data(values, (int(match[1]), int(match[2]))) as (values, note):
+    sampling = arguments.sample is not None
+    with contextlib.nullcontext((values, "")) if sampling else stand_in_data(values, size) as (values, note):
         if note:
             print(note)
 
-        def build(changes: tuple[str, ...]) -> tuple[Program, PyTree]:
+        def build(changes: tuple[str, ...]) -> Built:
             changed = json.loads(json.dumps(values))
             for change in changes:
                 apply_change(changed, change)
-            program = Program.build(run_config(changed), devices)
-            return program, abstract_batch(program.run, program)
+            run = run_config(changed)
+            if sampling:
+                return Built(run, *sampling_workloads(run, devices, size, arguments.sample))
+            partition, workload = training_workload(run, devices)
+            return Built(run, partition, [workload])
 
-        program, batch = build(())
-        flops = step_flops(program, batch)
-        report = check(program, batch)
-        print("\n".join(describe(program, chip, report, flops, arguments.efficiency)))
+        built = build(())
+        print(heading(built, chip, arguments.sample))
+        results = []
+        for workload in built.workloads:
+            flops, report = workload.flops(), check(workload, built.partition)
+            print("\n".join(describe(workload, report, chip, len(devices), flops, arguments.efficiency)))
+            results.append({"name": workload.name, "times": workload.times, "flops": flops[0],
+                            "flops_without_rematerialisation": flops[1], **report._asdict(),
+                            "collectives": {kind: found._asdict() for kind, found in report.collectives.items()}})
+        print(assumptions(chip, arguments.efficiency))
         if arguments.json:
             Path(arguments.json).write_text(json.dumps({
                 "config": arguments.config, "changes": arguments.changes, "topology": arguments.topology,
-                "chips": len(devices), "flops": flops[0], "flops_without_rematerialisation": flops[1],
-                **report._asdict()}, indent=2) + "\n", encoding="utf-8")
-        if report.fits:
+                "chips": len(devices), "mesh": dict(built.partition.mesh.shape), "batch_size": built.run.batch_size,
+                "accumulate": built.run.accumulate, "remat": getattr(built.run.objective, "remat", None),
+                "programs": results}, indent=2) + "\n", encoding="utf-8")
+        if all(result["fits"] for result in results):
             print("it fits")
             return 0
-        if not arguments.no_remedy:
-            for changes in remedies(program.run, len(devices)):
-                changed = check(*build(changes))
-                if changed.fits:
-                    print(f"it does not fit; it would with {' '.join(f'--set {change}' for change in changes)} "
-                          f"({changed.used / GIB:.2f} of {chip.memory / GIB:.2f} GiB)")
-                    return 1
-    print("it does not fit" + ("" if arguments.no_remedy else ", nor with any change that was tried: more chips, fewer "
-                               "parameters or smaller videos are needed"))
-    return 1
+        tried = remedies(built.run, len(devices), sampling)
+        print(f"it does not fit{'' if arguments.no_remedy else remedy(build, tried, chip)}")
+        return 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -39,6 +39,27 @@ CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (
     Chip("v5p", 459e12, 95.74 * 2**30, 2.77e12, 1.8e11),
     Chip("v6e", 918e12, 31.25 * 2**30, 1.64e12, 1.8e11),
 )}
+
+
+class Modelled(NamedTuple):
+    """Seconds of arithmetic and of communication; best: one hides behind the other, worst: neither does."""
+
+    arithmetic: float
+    communication: float
+
+    @property
+    def best(self) -> float:
+        return max(self.arithmetic, self.communication)
+
+    @property
+    def worst(self) -> float:
+        return self.arithmetic + self.communication
+
+
+def model_time(chip: Chip, flops: float, sent: float, efficiency: float) -> Modelled:
+    """A model, no measurement: ``flops`` operations of a chip at a share of its peak, and ``sent`` bytes that leave it
+    over one torus axis in both directions."""
+    return Modelled(flops / (chip.flops * efficiency), sent / chip.link_bandwidth)
 
 
 # -- operations of a traced function --------------------------------------------------------------------------------
@@ -105,20 +126,42 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*)?.*\{\s*$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLED = re.compile(r"(body|condition|calls|to_apply|called_computations|branch_computations)="
-                     r"(?:\{([^}]*)\}|(%?[\w.\-]+))")
+_CALLED = re.compile(r"(body|condition|calls|to_apply|called_computations|branch_computations|true_computation|"
+                     r"false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))")
+# Three ways of writing groups: as lists, as a table's shape, as axes of a mesh, whole or in part: 'a' or 'a':(1)2.
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\](?:, device_ids=\([\d,]*\))?"
+                     r" \{([^}]*)\})")
+_AXIS = re.compile(r"'([^']+)'(?:(?:=|:\(\d+\))(\d+))?")
+_DEVICES = re.compile(r"num_partitions=(\d+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
+_BOUND = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Collective(NamedTuple):
-    """One kind of collective. count: executions in a step; bytes: their results on one device, summed."""
+    """One kind of collective in one execution.
+
+    count: how often it runs; bytes: the results on one device, summed; sent: bytes that one device sends on a ring.
+    """
 
     count: int
     bytes: float
+    sent: float
+
+
+def _sent(kind: str, result: float, group: int) -> float:
+    """Bytes that a device of a group sends for a result of so many bytes, by the usual algorithms on a ring."""
+    if kind == "collective-permute":
+        return result
+    parts = {"all-reduce": 2 / group, "reduce-scatter": 1.0}.get(kind, 1 / group)
+    return result * (group - 1) * parts
 
 
 def collectives(hlo: str) -> dict[str, Collective]:
     """The collectives of one execution, by kind, with loops counted as often as they run.
+
+    The branches of a condition all count: the compiler writes the exchange of a ring's next piece as a condition that
+    is false in the last round only.
 
     Args:
       hlo: text of the compiled program.
@@ -132,24 +175,48 @@ def collectives(hlo: str) -> dict[str, Collective]:
             entry = current if match and match[1] else entry
         elif current is not None:
             lines[current].append(line)
-    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    devices = int(found[1]) if (found := _DEVICES.search(hlo)) else 1
+    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
 
     def visit(name: str, times: int) -> None:
         for line in lines.get(name, ()):
             found = _COLLECTIVE.search(line)
             if found:
-                totals[found[2]][0] += times
-                totals[found[2]][1] += times * _result_bytes(found[1], found[3] and found[2] != "all-reduce")
+                kind, size = found[2], _result_bytes(found[1], found[3] and found[2] != "all-reduce")
+                for place, number in enumerate((1, size, _sent(kind, size, _group_size(line, devices)))):
+                    totals[kind][place] += times * number
                 continue
-            trips = _TRIPS.search(line)
-            for kind, several, one in _CALLED.findall(line):
-                repeat = int(trips[1]) if trips and kind in ("body", "condition") else 1
-                for called in (several or one).split(","):
-                    visit(called.strip().lstrip("%"), times * repeat)
+            called = [(kind, name.strip().lstrip("%")) for kind, several, one in _CALLED.findall(line)
+                      for name in (several or one).split(",")]
+            repeat = _trips(line, lines.get(dict(called).get("condition"), ()))
+            for kind, name in called:
+                visit(name, times * (repeat if kind in ("body", "condition") else 1))
 
     if entry is not None:
         visit(entry, 1)
-    return {kind: Collective(int(count), size) for kind, (count, size) in sorted(totals.items())}
+    return {kind: Collective(int(count), size, sent) for kind, (count, size, sent) in sorted(totals.items())}
+
+
+def _trips(line: str, condition: Iterable[str]) -> int:
+    """How often a loop runs: as the compiler notes it, or the bound that its condition compares a counter with (which
+    starts at 0 and grows by 1, as that of a scan); 1 where the bound is no constant."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    constants = {found[1]: int(found[2]) for found in map(_CONSTANT.search, condition) if found}
+    bound = next((found[1] for found in map(_BOUND.search, condition) if found), None)
+    return constants.get(bound, 1)
+
+
+def _group_size(line: str, devices: int) -> int:
+    """How many devices exchange data with each other in a collective; no groups means all of them."""
+    found = _GROUPS.search(line)
+    if found is None:
+        return devices
+    listed, width, mesh, axes = found.groups()
+    if mesh is None:
+        return int(width or listed.count(",") + 1)
+    sizes = dict(_AXIS.findall(mesh))
+    return math.prod(int(part or sizes[name]) for name, part in _AXIS.findall(axes))
 
 
 def _result_bytes(result: str, holds_operands: bool) -> float:

@@ -71,7 +71,7 @@ def original_run(size: str, own: dict[str, Any]) -> ConfigDict:
         "seed": 0,
         "batch_size": 128,
         "accumulate": 1,
-        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
+        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1, "rules": ()},
         "num_steps": 1_000_000,
         "log_every": 10,
         "checkpoint_every": 500,

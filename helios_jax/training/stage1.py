@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from helios_jax.config import ModelIndex
+from helios_jax.config import ModelIndex, SchedulerConfig
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.schedules import shift_sigmas
 from helios_jax.models.transformer import HeliosTransformer
@@ -92,12 +92,18 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
     return errors
 
 
+def sampled_as(config: Config) -> tuple[ModelIndex, SchedulerConfig]:
+    """What the model in training is sampled as: Base."""
+    from helios_jax.training.validation import BASE_SCHEDULER
+
+    del config
+    return ModelIndex(), BASE_SCHEDULER
+
+
 def build(run: RunConfig) -> Objective:
     """The objective of a run.
 
     Raises:
       UserError: the data or the model folder is missing or does not fit the transformer.
     """
-    from helios_jax.training.validation import BASE_SCHEDULER
-
-    return flow.build(run, make_errors, ModelIndex(), BASE_SCHEDULER)
+    return flow.build(run, make_errors, *sampled_as(run.objective))

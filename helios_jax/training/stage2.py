@@ -163,6 +163,11 @@ def check_size(config: Config, height: int, width: int) -> None:
             f"columns must be multiples of {divisor}, which is {8 * divisor} pixels")
 
 
+def sampled_as(config: Config) -> tuple[ModelIndex, SchedulerConfig]:
+    """What the model in training is sampled as: Mid."""
+    return ModelIndex(class_name="HeliosPyramidPipeline", is_cfg_zero_star=True), config.scheduler
+
+
 def build(run: RunConfig) -> Objective:
     """The objective of a run.
 
@@ -172,5 +177,4 @@ def build(run: RunConfig) -> Objective:
     config: Config = run.objective
     for folder in latent_folders(config.data).values():
         check_size(config, folder.height, folder.width)
-    index = ModelIndex(class_name="HeliosPyramidPipeline", is_cfg_zero_star=True)
-    return flow.build(run, make_errors, index, config.scheduler)
+    return flow.build(run, make_errors, *sampled_as(config))

@@ -1,0 +1,151 @@
+"""What a compile check compiles: the training step of a run, or the programs with which its model makes one chunk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from helios_jax import sharding
+from helios_jax.convert.rules import abstract_params
+from helios_jax.diffusion import guidance
+from helios_jax.models.transformer import HeliosTransformer, TextContext
+from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
+from helios_jax.sharding import Partition
+from helios_jax.tools.roofline import count_flops
+from helios_jax.training.config import RunConfig, require
+from helios_jax.training.objective import objective_module
+from helios_jax.training.program import Program, make_step
+
+PyTree = Any
+TEXT_ROWS = 512 + 1  # the longest prompt, and the row that stands for padding
+
+
+class Workload(NamedTuple):
+    """One function to compile.
+
+    name: for the report.
+    times: how often its outer loop runs: the solver's steps of a pyramid level; 1 for a training step.
+    arguments: bytes of one chip, by kind.
+    lower: traces it for the mesh.
+    flops: operations of one run of the loop on all chips: as computed, and without what rematerialisation computes
+      again. Attention is counted as its CPU variant computes it: like the kernels, it computes its weights again for
+      the gradient, and that counts in both numbers.
+    """
+
+    name: str
+    times: int
+    arguments: dict[str, float]
+    lower: Callable[[], jax.stages.Lowered]
+    flops: Callable[[], tuple[float, float]]
+
+
+def bytes_per_chip(tree: PyTree) -> float:
+    """Bytes that one chip holds of abstract arrays which know their place."""
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                     for leaf in jax.tree.leaves(tree)))
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def training_workload(run: RunConfig, devices: Sequence[Any]) -> tuple[Partition, Workload]:
+    """The trainer's own step, with the run's mesh, batch and optimizer."""
+    program = Program.build(run, devices)
+    batch, state = _abstract_batch(program), program.abstract_state
+    arguments = {"parameters": state.params, "average": state.ema, "optimizer": state.optimizer,
+                 "frozen": program.abstract_frozen, "batch": batch}
+    return program.partition, Workload("training step", 1,
+                                       {name: bytes_per_chip(tree) for name, tree in arguments.items()},
+                                       lambda: program.lower(batch), lambda: _step_flops(program, batch))
+
+
+def _abstract_batch(program: Program) -> PyTree:
+    """Shapes and places of the run's batch, from one real sample."""
+    run = program.run
+    sample = next(iter(objective_module(run.objective_name).build(dataclasses.replace(run, batch_size=1)).dataset))
+
+    def leaf(array: Any) -> jax.ShapeDtypeStruct:
+        shape = (run.batch_size, *array.shape[1:])
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(array.dtype),
+                                    sharding=program.partition.batch(shape))
+
+    return jax.tree.map(leaf, sample)
+
+
+def _step_flops(program: Program, batch: PyTree) -> tuple[float, float]:
+    def count(run: RunConfig, objective: Any) -> float:
+        step = make_step(run, objective, program.optimizer, program.trainable)
+        return count_flops(jax.make_jaxpr(step)(program.abstract_state, program.abstract_frozen, batch))
+
+    run = program.run
+    computed = count(run, program.objective)
+    if getattr(run.objective, "remat", None) is None:
+        return computed, computed
+    plain = dataclasses.replace(run, objective=dataclasses.replace(run.objective, remat=None))
+    return computed, count(plain, objective_module(run.objective_name).build(plain))
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, int], videos: int
+                       ) -> tuple[Partition, list[Workload]]:
+    """The sampler's own programs for one chunk of the run's model, one per pyramid level, in the run's dtype.
+
+    The transformer's parameters are in that dtype, too; steps and guidance are those of the run's sample videos. A
+    level's program holds all its steps; the VAE and the text encoder are not part of it.
+
+    Args:
+      run: of an objective that trains a transformer.
+      devices: of the mesh.
+      size: height and width in pixels.
+      videos: made at once; with guidance the model sees twice as many.
+
+    Raises:
+      UserError: the objective trains no transformer; the mesh does not fit the devices.
+    """
+    module, objective = objective_module(run.objective_name), run.objective
+    require(hasattr(module, "sampled_as"), f"--sample: objective {run.objective_name!r} trains no video model")
+    index, scheduler = module.sampled_as(objective)
+    dtype, partition = jnp.dtype(objective.dtype), Partition.create(run.mesh, devices)
+    plan = SamplingPlan.for_model(index, steps=(objective.sample.steps,) * scheduler.stages,
+                                  guidance_scale=objective.sample.guidance)
+    config = objective.transformer
+    sampler = ChunkSampler(HeliosTransformer(config, dtype, objective.unroll), scheduler, plan, *size,
+                           config.in_channels)
+    params = abstract_params("transformer", config, dtype)
+    params = sharding.with_shardings(params, sharding.param_shardings(partition, params))
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.float32, names: sharding.Names | None = None
+              ) -> jax.ShapeDtypeStruct:
+        place = partition.batch(shape) if names is None else partition.sharding(names, shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    rows = videos * (2 if plan.guided else 1)
+    heads = (config.num_layers, rows, TEXT_ROWS, config.num_attention_heads, config.attention_head_dim)
+    names = (None, "batch", None, "attention_heads", None)
+    text = TextContext(array(heads, dtype, names), array(heads, dtype, names), array((rows, TEXT_ROWS)))
+
+    def workload(stage: int) -> Workload:
+        inputs = [None if shape is None else array(shape) for shape in sampler.input_shapes(stage, videos)]
+        arguments = {"parameters": params, "text": text, "latents": inputs}
+
+        def lower() -> jax.stages.Lowered:
+            with sharding.use(partition):
+                return sampler.trace(stage, {"params": params}, text, inputs).lower()
+
+        def flops() -> tuple[float, float]:  # the loop over steps has no known length: it counts once
+            count = count_flops(sampler.trace(stage, {"params": params}, text, inputs).jaxpr)
+            return count, count
+
+        skipped = 0 if plan.zero_steps is None else sum(guidance.is_zero_init_step(stage, i, plan.zero_steps)
+                                                        for i in range(plan.steps[stage]))
+        return Workload(f"sampling, level {stage}", plan.steps[stage] - skipped,
+                        {name: bytes_per_chip(tree) for name, tree in arguments.items()}, lower, flops)
+
+    return partition, [workload(stage) for stage in range(scheduler.stages)]
