@@ -16,7 +16,6 @@ import numpy as np
 import optax
 
 from helios_jax import sharding
-from helios_jax.errors import UserError
 from helios_jax.sharding import Partition
 from helios_jax.training import ema as ema_lib
 from helios_jax.training.config import RunConfig
@@ -176,11 +175,7 @@ class Program:
         """
         partition = Partition.create(run.mesh, devices)
         partition.check_batch(run.batch_size, run.accumulate)
-        heads = getattr(getattr(run.objective, "transformer", None), "num_attention_heads", 0)
-        if heads % partition.size("attention_heads"):
-            raise UserError(f"mesh: {heads} attention heads do not divide by {partition.size('attention_heads')} "
-                            f"(mesh.context {partition.mesh.shape['context']} x mesh.tensor "
-                            f"{partition.mesh.shape['tensor']})")
+        partition.check_heads(getattr(getattr(run.objective, "transformer", None), "num_attention_heads", 0))
         with sharding.use(partition):
             objective = objective_module(run.objective_name).build(run)
             abstract_params = jax.eval_shape(objective.init_params, jax.random.key(0))
