@@ -49,7 +49,8 @@ def test_a_forward_pass_has_the_products_that_its_trace_has(size, factor):
 
 def batch_of(size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
     return {"target": abstract(2, 9, *size, 4), "history": abstract(2, 19, *size, 4),
-            "anchor": abstract(2, 1, *size, 4), "text": abstract(2, 5, 6), "text_length": jax.ShapeDtypeStruct((2,), jnp.int32)}
+            "anchor": abstract(2, 1, *size, 4), "text": abstract(2, 5, 6),
+            "text_length": jax.ShapeDtypeStruct((2,), jnp.int32)}
 
 
 @pytest.mark.parametrize("stage", [stage1, stage2])
