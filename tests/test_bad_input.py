@@ -85,8 +85,7 @@ def test_a_corrupt_record_is_named_when_it_is_read(tmp_path):
     write_random_latents(tmp_path, clips=4, sections=1, height=4, width=4, channels=2, text_rows=2, text_dim=3)
     file = tmp_path / "random.array_record"
     whole = bytearray(file.read_bytes())
-    middle = len(whole) // 2
-    whole[middle:middle + 64] = bytes(64)
+    whole[2000:2064] = bytes(64)
     file.write_bytes(whole)
     iterator = iter(bucketed_dataset(folder_buckets(tmp_path), 4, seed=0, threads=2))
     with pytest.raises(UserError, match=r"data: (record \d of .* cannot be read|a latent record is damaged)") as caught:

@@ -141,13 +141,12 @@ def make_export(folder: ModelFolder, dtype: str, weights: TrainedWeights, load_b
             lambda path, leaf: sharding.gather(leaf.astype(
                 param_dtype("transformer", tuple(key.key for key in path), jnp.dtype(dtype)))),
             weights.merged(params, base))
+        if jax.process_index() == 0:
+            components = {name: load_component(folder.root / name, name, folder.config(name))
+                          for name in ("vae", "text_encoder")}
+            configs = {name: folder.config(name) for name in ("transformer", "vae", "text_encoder")}
+            export_pipeline(out, {"transformer": merged, **components}, configs, index=folder.index,
+                            scheduler=folder.scheduler, tokenizer=folder.tokenizer, overwrite=True)
         weights.write_parts(params, Path(out) / "lora")
-        if jax.process_index() != 0:
-            return
-        components = {name: load_component(folder.root / name, name, folder.config(name))
-                      for name in ("vae", "text_encoder")}
-        configs = {name: folder.config(name) for name in ("transformer", "vae", "text_encoder")}
-        export_pipeline(out, {"transformer": merged, **components}, configs, index=folder.index,
-                        scheduler=folder.scheduler, tokenizer=folder.tokenizer, overwrite=True)
 
     return export
