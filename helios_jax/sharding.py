@@ -9,7 +9,8 @@ mesh axes each name is divided:
     context   the tokens of one sample; around attention its heads, by an all-to-all
     tensor    heads and hidden units of one layer
 
-The compiler derives the communication. On one device nothing here changes anything.
+The compiler derives the communication; attention alone exchanges tokens for heads itself. On one device nothing here
+changes anything.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.errors import UserError
 from kernels.attention import partition as attention_partition
+from kernels.attention.partition import AttentionPartition
 
 PyTree = Any
 Names = tuple[str | None, ...]
@@ -39,14 +41,13 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embed", ("fsdp",)),
     ("heads", ("tensor",)),
     ("mlp", ("tensor",)),
-    ("largest", ("fsdp",)),  # the largest axis of a large parameter that declares none
+    ("largest", ("fsdp",)),  # the largest axis of a large parameter that is not divided so by the others
     # activations
     ("batch", ("data", "fsdp")),
     ("sequence", ("context",)),
-    ("attention_heads", ("tensor", "context")),  # inside attention, where every device sees all tokens
     ("hidden", ("tensor",)),
 )
-# Undeclared parameters with fewer numbers are kept whole on every device.
+# Parameters with fewer numbers (per layer) are divided only as they declare.
 SMALL_PARAMETER = 2**16
 
 
@@ -187,18 +188,17 @@ class Partition:
         """Of an array whose leading axis is the batch."""
         return self.sharding(("batch", *[None] * (len(shape) - 1)), shape)
 
+    @property
+    def attention(self) -> AttentionPartition:
+        """Which mesh axes divide the samples, tokens and heads of an attention."""
+        return AttentionPartition(self.mesh, self.axes("batch"), self.axes("sequence"), self.axes("heads"))
+
     def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
         """Raises UserError unless every device gets equally many samples in each of ``accumulate`` parts."""
         parts = self.size("batch") * accumulate
         if batch_size % parts:
             raise UserError(f"batch_size: {batch_size} does not divide by {parts} (mesh.data {self.mesh.shape['data']} "
                             f"x mesh.fsdp {self.mesh.shape['fsdp']} x accumulate {accumulate})")
-
-    def check_heads(self, heads: int) -> None:
-        """Raises UserError unless every device gets equally many attention heads."""
-        if heads % self.size("attention_heads"):
-            raise UserError(f"mesh: {heads} attention heads do not divide by {self.size('attention_heads')} "
-                            f"(mesh.context {self.mesh.shape['context']} x mesh.tensor {self.mesh.shape['tensor']})")
 
     def local_rows(self, batch_size: int) -> np.ndarray:
         """Which rows of a global batch this process' devices hold, ascending: int [rows]."""
@@ -217,8 +217,9 @@ def param_shardings(partition: Partition, abstract_params: PyTree) -> PyTree:
     """A sharding for every parameter, adapter or frozen array.
 
     Axis names come from the transformer's declarations, found by the end of the path; so a tree may hold the
-    transformer's parameters or adapters at any depth. The largest axis of any other large array is divided by the
-    rule "largest"; small ones are whole everywhere.
+    transformer's parameters or adapters at any depth. A large array that these names leave whole along the mesh axes of
+    the rule "largest" (half of all adapters, whose kernel has "embed" on the side of the other half) is divided over
+    them along its largest axis that is free, but never along its layers; small ones stay as they are.
 
     Args:
       partition: mesh and rules.
@@ -228,12 +229,14 @@ def param_shardings(partition: Partition, abstract_params: PyTree) -> PyTree:
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         shape = tuple(np.shape(leaf))
-        names = declared_axes(_path_names(path), len(shape))
-        if names is None:
-            names = [None] * len(shape)
-            if math.prod(shape) >= SMALL_PARAMETER:
-                divisible = [n if n % partition.size("largest") == 0 else 0 for n in shape]
-                names[int(np.argmax(divisible))] = "largest"
+        names = list(declared_axes(_path_names(path), len(shape)) or [None] * len(shape))
+        spec = partition.spec(tuple(names), shape)
+        used = {axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}
+        free = [size if name != "layers" and entry is None and size % partition.size("largest") == 0 else 0
+                for name, entry, size in zip(names, spec, shape, strict=True)]
+        numbers = math.prod(size for name, size in zip(names, shape, strict=True) if name != "layers")
+        if numbers >= SMALL_PARAMETER and any(free) and not used & set(partition.axes("largest")):
+            names[int(np.argmax(free))] = "largest"
         return partition.sharding(tuple(names), shape)
 
     return jax.tree_util.tree_map_with_path(place, abstract_params)
@@ -346,7 +349,7 @@ def use(partition: Partition) -> Iterator[None]:
     """Within it, :func:`constrain` and the input pipelines know the mesh, and attention runs device by device."""
     token = _CURRENT.set(partition)
     try:
-        with attention_partition.use(partition.mesh, partition.axes("batch"), partition.axes("attention_heads")):
+        with attention_partition.use(partition.attention):
             yield
     finally:
         _CURRENT.reset(token)

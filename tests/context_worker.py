@@ -17,6 +17,7 @@ from attention_base import Case, inputs  # noqa: E402
 from jax.sharding import AxisType  # noqa: E402
 
 from helios_jax.errors import UserError  # noqa: E402
+from helios_jax.sharding import MeshConfig, Partition, use  # noqa: E402
 from kernels.attention import attend, context_parallel  # noqa: E402
 
 ODD, EVEN = Case(queries=37, keys=53, heads=4, size=32), Case(queries=32, keys=32, heads=4, size=32)
@@ -30,6 +31,12 @@ CASES = {
     "cross-attention with a bias": ({"context": 4}, Case(queries=37, keys=9, heads=3, with_bias=True), {}),
     "TPU kernels": ({"context": 2}, Case(queries=37, keys=53, heads=1), {"implementation": "mosaic_tpu_interpret"}),
 }
+# name -> (mesh, case), through the mesh of a training run: four devices do not divide two samples
+RUNS = {
+    "run: small batch": (MeshConfig(fsdp=4, context=2), Case(queries=37, keys=53, heads=3)),
+    "run: tokens whole": (MeshConfig(data=2, tensor=3), Case(queries=37, keys=53, heads=3)),
+    "run: cross-attention": (MeshConfig(context=8), Case(queries=37, keys=9, heads=3, with_bias=True)),
+}
 
 
 def results(attention, case):
@@ -42,13 +49,23 @@ def results(attention, case):
     return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v))
 
 
+def difference(got, want) -> float:
+    pairs = zip(got, want, strict=True)
+    return max(float(jnp.abs(np.asarray(x) - true).max() / jnp.abs(true).max()) for x, true in pairs)
+
+
 def main() -> None:
     report = {}
     for name, (axes, case, options) in CASES.items():
         mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes),
                              devices=jax.devices()[:int(np.prod(list(axes.values())))])
-        pairs = zip(results(context_parallel(mesh, **options), case), results(attend, case), strict=True)
-        report[name] = max(float(jnp.abs(np.asarray(got) - want).max() / jnp.abs(want).max()) for got, want in pairs)
+        report[name] = difference(results(context_parallel(mesh, **options), case), results(attend, case))
+    for name, (sizes, case) in RUNS.items():
+        want = results(attend, case)
+        with use(Partition.create(sizes)):
+            report[name] = difference(results(attend, case), want)
+            text = jax.jit(lambda *operands: attend(*operands)).lower(*inputs(case)[:4]).as_text()
+        report[f"{name}, exchanged arrays"] = text.count('"stablehlo.all_to_all"')
     mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
     q, k, v, *_ = inputs(Case(batch=1, heads=3))
     try:

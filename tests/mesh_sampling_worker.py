@@ -45,7 +45,7 @@ def main(root: Path, variant: str) -> None:
     found = {"range": float(np.ptp(one)), "differences": [
         float(np.abs(latents(folder, steps, mesh) - one).max()) for mesh in MESHES[variant]]}
     try:
-        HeliosPipeline.from_pretrained(folder, mesh=MeshConfig(context=4, tensor=2))
+        HeliosPipeline.from_pretrained(folder, mesh=MeshConfig(tensor=8))
     except UserError as error:
         found["refused"] = str(error)
     (root / f"{variant}.json").write_text(json.dumps(found))

@@ -19,7 +19,7 @@ from helios_jax.data.pipeline import clip_dataset
 from helios_jax.data.random_latents import write_random_latents
 from helios_jax.errors import UserError
 from helios_jax.models.partition import declared_axes
-from helios_jax.sharding import MeshConfig, Partition, constrain
+from helios_jax.sharding import DEFAULT_RULES, MeshConfig, Partition, constrain, param_shardings
 from helios_jax.training.config import run_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +104,25 @@ def test_adapters_are_divided_like_their_kernels():
     assert declared_axes(("layer", "kernel"), 2) is None
 
 
+def test_large_adapters_are_divided_over_fsdp_on_whichever_side_is_free():
+    mesh = jax.sharding.AbstractMesh((1, 8, 1, 2), ("data", "fsdp", "context", "tensor"))
+    layout = Partition(mesh, dict(DEFAULT_RULES))
+
+    def spec(path: tuple[str, ...], *shape: int) -> PartitionSpec:
+        tree = jax.ShapeDtypeStruct(shape, np.float32)
+        for name in reversed(path):
+            tree = {name: tree}
+        return jax.tree.leaves(param_shardings(layout, tree))[0].spec
+
+    to_q, to_out = ("lora", "blocks", "attn1", "to_q"), ("lora", "blocks", "attn1", "to_out_0")
+    assert spec((*to_q, "a"), 40, 5120, 128) == PartitionSpec(None, "fsdp", None)
+    assert spec((*to_q, "b"), 40, 128, 5120) == PartitionSpec(None, "fsdp", "tensor")  # the rank: nothing else is free
+    assert spec((*to_out, "a"), 40, 5120, 128) == PartitionSpec(None, "tensor", "fsdp")
+    assert spec((*to_out, "b"), 40, 128, 5120) == PartitionSpec(None, None, "fsdp")
+    assert spec((*to_q, "b"), 40, 4, 5120) == PartitionSpec(None, None, "tensor")  # small, per layer
+    assert spec((*to_q[1:], "bias"), 40, 5120) == PartitionSpec(None, "tensor")
+
+
 def partition(**sizes) -> Partition:
     devices = [FakeDevice(i) for i in range(8)]
     config = MeshConfig(**sizes)
@@ -158,6 +177,12 @@ def test_a_mesh_that_does_not_divide_is_one_clear_line():
         MeshConfig(data=4, fsdp=4).resolve(8)
     with pytest.raises(UserError, match=r"batch_size: 6 does not divide by 8 \(mesh.data 2 x mesh.fsdp 2 x acc"):
         partition(data=2, fsdp=2, tensor=2).check_batch(6, 2)
+    attention = partition(data=2, context=2, tensor=2).attention
+    attention.check(4, 6)  # three heads of two samples on a device: six, over two
+    with pytest.raises(UserError, match=r"5 attention heads do not divide by 2 \(mesh.tensor 2\)"):
+        attention.check(4, 5)
+    with pytest.raises(UserError, match=r"heads times samples of one device, here 3, do not divide by 2 \(mesh.con"):
+        attention.check(2, 6)
 
 
 def test_without_a_mesh_nothing_is_constrained():

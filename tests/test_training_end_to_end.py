@@ -20,8 +20,7 @@ from helios_jax.training import stage1
 from helios_jax.training.checkpoint import read_params
 from helios_jax.training.config import run_config
 from helios_jax.training.loop import train
-from helios_jax.training.metrics import VideoFileWriter
-from tests.tiny_training import write_latents, write_model_folder
+from tests.tiny_training import train_keeping_frames, write_latents, write_model_folder
 
 PROMPT = "a red circle moves right over a dark background"
 SIZE = (32, 64)
@@ -55,15 +54,7 @@ def run_of(model: Path, latents: Path):
 @pytest.fixture(scope="module")
 def finished(model, latents, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run")
-    write = VideoFileWriter.video
-
-    def keep_exact_frames(self, step, name, frames, fps):
-        np.save(workdir / "frames.npy", frames)
-        write(self, step, name, frames, fps)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VideoFileWriter, "video", keep_exact_frames)
-        train(run_of(model, latents), workdir, print_line=lambda line: None)
+    train_keeping_frames(run_of(model, latents), workdir)
     return workdir
 
 

@@ -20,8 +20,7 @@ from helios_jax.training import stage2
 from helios_jax.training.checkpoint import read_params
 from helios_jax.training.config import run_config
 from helios_jax.training.loop import train
-from helios_jax.training.metrics import VideoFileWriter
-from tests.tiny_training import write_latents, write_model_folder
+from tests.tiny_training import train_keeping_frames, write_latents, write_model_folder
 
 pytestmark = pytest.mark.slow  # five minutes of processor time, most of it compilation
 
@@ -68,15 +67,7 @@ def lora_run(base: Path, latents: Path):
 def adapted(base, latents, tmp_path_factory) -> Path:
     """A finished LoRA run; the frames of its sample stand beside it without the loss of the video codec."""
     workdir = tmp_path_factory.mktemp("lora")
-    write = VideoFileWriter.video
-
-    def keep_exact_frames(self, step, name, frames, fps):
-        np.save(workdir / "frames.npy", frames)
-        write(self, step, name, frames, fps)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VideoFileWriter, "video", keep_exact_frames)
-        train(lora_run(base, latents), workdir, print_line=lambda line: None)
+    train_keeping_frames(lora_run(base, latents), workdir)
     return workdir
 
 

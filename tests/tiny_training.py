@@ -15,6 +15,9 @@ from helios_jax.convert.export import export_pipeline
 from helios_jax.data import build_latents
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import WanVAE
+from helios_jax.training.config import RunConfig
+from helios_jax.training.loop import train
+from helios_jax.training.metrics import VideoFileWriter
 from helios_jax.training.validation import BASE_SCHEDULER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,3 +46,16 @@ def write_latents(folder: Path, model: Path, size: tuple[int, int]) -> Path:
                             "--phrasings", "2", "--files", "2", "--height", str(size[0]), "--width", str(size[1])])
     assert end.value.code == 0
     return folder
+
+
+def train_keeping_frames(run: RunConfig, workdir: Path) -> None:
+    """Trains; the frames of the last sample stand in ``frames.npy``, without the loss of the video codec."""
+    write = VideoFileWriter.video
+
+    def keep_exact_frames(self, step, name, frames, fps):
+        np.save(workdir / "frames.npy", frames)
+        write(self, step, name, frames, fps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoFileWriter, "video", keep_exact_frames)
+        train(run, workdir, print_line=lambda line: None)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -82,11 +83,16 @@ class Schedule:
         return len(self.timesteps)
 
 
+def shift_sigmas(sigmas: Any, strength: float) -> Any:
+    """s sigma / (1 + (s - 1) sigma), of NumPy or JAX arrays: 0 and 1 stay, what lies between rises with s."""
+    return strength * sigmas / (1 + (strength - 1) * sigmas)
+
+
 def global_sigmas(config: SchedulerConfig) -> np.ndarray:
     """The sigma of every training step with the static shift applied, float64 [num_train_timesteps], descending."""
     alphas = np.linspace(1, 1 / config.num_train_timesteps, config.num_train_timesteps + 1)
     sigmas = 1.0 - alphas
-    return np.flip(config.shift * sigmas / (1 + (config.shift - 1) * sigmas))[:-1]
+    return np.flip(shift_sigmas(sigmas, config.shift))[:-1]
 
 
 @functools.lru_cache(maxsize=32)
@@ -143,13 +149,11 @@ def dynamic_shift_mu(config: SchedulerConfig, tokens: int) -> float:
 
 
 def time_shift(mu: float, sigmas: np.ndarray, kind: str) -> np.ndarray:
-    """Moves sigmas toward noise: s / (s + 1/sigma - 1) with s = e^mu ('exponential') or mu ('linear').
+    """:func:`shift_sigmas` by e^mu ('exponential') or by mu itself ('linear').
 
-    Sigma 0 stays 0 (1/0 is infinity). The linear kind with mu < 1, as small videos have, moves toward clean.
+    The linear kind with mu < 1, as small videos have, moves toward clean.
     """
-    strength = math.exp(mu) if kind == "exponential" else mu
-    with np.errstate(divide="ignore"):
-        return strength / (strength + (1 / sigmas - 1))
+    return shift_sigmas(sigmas, math.exp(mu) if kind == "exponential" else mu)
 
 
 def pipeline_sigmas(steps: int) -> np.ndarray:

@@ -117,7 +117,7 @@ class HeliosPipeline:
         folder = read_model_folder(resolve_model(model))
         partition = None if mesh is None else Partition.create(mesh)
         if partition is not None:
-            partition.check_heads(folder.transformer.num_attention_heads)
+            partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         # The small files first: a mistake in them shows before gigabytes are read.
         loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
         _, params = load_pipeline_params(
@@ -178,6 +178,9 @@ class HeliosPipeline:
         plan = SamplingPlan.for_model(self.index, steps=options.steps, guidance_scale=options.guidance_scale,
                                       use_zero_init=options.use_zero_init, zero_steps=options.zero_steps,
                                       amplify_first_chunk=options.amplify_first_chunk)
+        if self._partition is not None:
+            self._partition.attention.check(options.videos_at_once * (2 if plan.guided else 1),
+                                            self.folder.transformer.num_attention_heads)
         encoder = ConditionEncoder(functools.partial(self._encode, self.params["vae"]), self.folder.vae, plan.layout,
                                    options.condition_sigma)
         changes = ()

@@ -228,6 +228,17 @@ def make_context(config: FlowConfig, layout: HistoryLayout, random: Randomness, 
     return Context(frames, text, length)
 
 
+def draw_examples(prepare: Callable[..., Any], config: FlowConfig, layout: HistoryLayout, keys: jax.Array,
+                  batch: dict[str, jax.Array], empty: dict[str, jax.Array]) -> Any:
+    """The training examples of a batch: a stage's ``prepare`` with the random numbers of every sample's own key [B]."""
+    size = batch["target"].shape[2:]
+
+    def example(key: jax.Array, item: dict[str, jax.Array]) -> Any:
+        return prepare(config, layout, Randomness.draw(key, config, layout, size), item, empty)
+
+    return jax.vmap(example)(keys, batch)
+
+
 def timestep_index(number: jax.Array, sampling: str) -> jax.Array:
     """Row 0 ... 999 of a table of noise levels for a normal ('logit_normal') or a uniform number."""
     u = jax.nn.sigmoid(number) if sampling == "logit_normal" else number

@@ -171,11 +171,12 @@ class Program:
           devices: of the mesh; all devices by default. Those of a topology description do as well.
 
         Raises:
-          UserError: mesh, batch or heads do not divide; whatever the objective finds wrong.
+          UserError: mesh, batch, heads or heads times samples do not divide; whatever the objective finds wrong.
         """
         partition = Partition.create(run.mesh, devices)
         partition.check_batch(run.batch_size, run.accumulate)
-        partition.check_heads(getattr(getattr(run.objective, "transformer", None), "num_attention_heads", 0))
+        heads = getattr(getattr(run.objective, "transformer", None), "num_attention_heads", 0)
+        partition.attention.check(run.batch_size // run.accumulate, heads)
         with sharding.use(partition):
             objective = objective_module(run.objective_name).build(run)
             abstract_params = jax.eval_shape(objective.init_params, jax.random.key(0))

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 
 from helios_jax.config import ModelIndex
 from helios_jax.diffusion.history import HistoryLayout
+from helios_jax.diffusion.schedules import shift_sigmas
 from helios_jax.models.transformer import HeliosTransformer
 from helios_jax.training import flow
 from helios_jax.training.config import RunConfig, require
 from helios_jax.training.flow import TRAIN_TIMESTEPS, Errors, FlowConfig, Randomness
 from helios_jax.training.objective import Objective
-from helios_jax.training.weights import FullTraining, TrainedWeights
+from helios_jax.training.weights import TrainedWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +60,6 @@ class Example(NamedTuple):
     text_length: jax.Array
 
 
-def shifted(sigma: jax.Array, shift: float) -> jax.Array:
-    """The time shift of the schedulers, a sigma / (1 + (a - 1) sigma): 0 and 1 stay, what lies between rises with a."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
 def prepare(config: Config, layout: HistoryLayout, random: Randomness, item: dict[str, jax.Array],
             empty: dict[str, jax.Array]) -> Example:
     """One sample's training example; a deterministic function of its random numbers.
@@ -72,7 +68,7 @@ def prepare(config: Config, layout: HistoryLayout, random: Randomness, item: dic
     """
     context = flow.make_context(config, layout, random, item, empty)
     index = flow.timestep_index(random.timestep, config.timesteps).astype(jnp.float32)
-    sigma = shifted((TRAIN_TIMESTEPS - index) / TRAIN_TIMESTEPS, config.timestep_shift)
+    sigma = shift_sigmas((TRAIN_TIMESTEPS - index) / TRAIN_TIMESTEPS, config.timestep_shift)
     target = item["target"].astype(jnp.float32)
     noisy = (1 - sigma) * target + sigma * random.noise
     return Example(noisy, random.noise - target, TRAIN_TIMESTEPS * sigma, *context)
@@ -83,13 +79,7 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
     """The squared errors of a batch, see :data:`helios_jax.training.flow.ErrorFunction`."""
 
     def errors(params, frozen, batch: dict[str, jax.Array], keys: jax.Array) -> Errors:
-        size = batch["target"].shape[2:]
-
-        def example(key: jax.Array, item: dict[str, jax.Array]) -> Example:
-            random = Randomness.draw(key, config, layout, size)
-            return prepare(config, layout, random, item, frozen["empty"])
-
-        examples = jax.vmap(example)(keys, batch)
+        examples = flow.draw_examples(prepare, config, layout, keys, batch, frozen["empty"])
         variables = weights.variables(params, frozen)
         history = layout.split(examples.frames[:, 1:], examples.frames[:, :1])
         text = model.text_rows(variables, examples.text, examples.text_length)
@@ -100,12 +90,6 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
         return Errors(squared[:, None], low_noise[:, None], flow.has_history(examples.frames))
 
     return errors
-
-
-def make_loss(config: Config, layout: HistoryLayout, model: HeliosTransformer,
-              weights: TrainedWeights | None = None):
-    """The loss function of the objective, see :class:`helios_jax.training.objective.Objective`."""
-    return flow.make_loss(config, make_errors(config, layout, model, weights or FullTraining(model)))
 
 
 def build(run: RunConfig) -> Objective:

@@ -39,7 +39,7 @@ from helios_jax.training import flow
 from helios_jax.training.config import RunConfig, require
 from helios_jax.training.flow import Errors, FlowConfig, Randomness
 from helios_jax.training.objective import Objective
-from helios_jax.training.weights import FullTraining, TrainedWeights
+from helios_jax.training.weights import TrainedWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +127,7 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
     """The squared errors of a batch, see :data:`helios_jax.training.flow.ErrorFunction`."""
 
     def errors(params, frozen, batch: dict[str, jax.Array], keys: jax.Array) -> Errors:
-        size = batch["target"].shape[2:]
-
-        def example(key: jax.Array, item: dict[str, jax.Array]) -> Example:
-            random = Randomness.draw(key, config, layout, size)
-            return prepare(config, layout, random, item, frozen["empty"])
-
-        examples = jax.vmap(example)(keys, batch)
+        examples = flow.draw_examples(prepare, config, layout, keys, batch, frozen["empty"])
         variables = weights.variables(params, frozen)
         tiers = layout.split(examples.frames[:, 1:], examples.frames[:, :1])
         past = model.embed_history(variables, jax.tree.map(lambda tier: tier.astype(model.dtype), tiers))
@@ -145,7 +139,8 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
             noisy = level.noisy.reshape(-1, *level.noisy.shape[2:])  # [B, r, 9, ...] -> [B r, 9, h_i, w_i, C]
             tokens, rows, bias = (jnp.repeat(x, repeats, axis=0) for x in (past, text.rows, text.bias))
             predicted = model.apply(variables, noisy.astype(model.dtype), level.timestep.reshape(-1),
-                                    TextRows(rows, bias), tokens, history_size=size[:2], indices=layout.indices())
+                                    TextRows(rows, bias), tokens, history_size=examples.frames.shape[2:4],
+                                    indices=layout.indices())
             predicted = predicted.astype(jnp.float32).reshape(batch_size, repeats, *predicted.shape[1:])
             return jnp.square(predicted - level.velocity[:, None]).mean((2, 3, 4, 5))
 
@@ -154,12 +149,6 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
         return Errors(squared, sigma < 0.5, flow.has_history(examples.frames))
 
     return errors
-
-
-def make_loss(config: Config, layout: HistoryLayout, model: HeliosTransformer,
-              weights: TrainedWeights | None = None):
-    """The loss function of the objective, see :class:`helios_jax.training.objective.Objective`."""
-    return flow.make_loss(config, make_errors(config, layout, model, weights or FullTraining(model)))
 
 
 def check_size(config: Config, height: int, width: int) -> None:

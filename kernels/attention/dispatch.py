@@ -90,7 +90,7 @@ def attend(
 ) -> Array | tuple[Array, Array]:
     """Scaled dot-product attention through the first variant that serves the call.
 
-    Within :func:`kernels.attention.partition.use` every device attends for its own samples and heads.
+    Within :func:`kernels.attention.partition.use` it runs on that mesh.
 
     Args:
       q: [B, S, N, D]; k, v: [B, K, N, D]; bias: [B, K] float32 added to the logits, a constant, or None.
@@ -104,7 +104,7 @@ def attend(
     _check_shapes(q, k, v, bias)
     if callable(implementation):
         return implementation(q, k, v, bias, return_lse=return_lse)
-    core = functools.partial(_attend_on_one_device, implementation=implementation, return_lse=return_lse)
+    core = functools.partial(_attend_on_one_device, implementation=implementation)
     return partition.per_device(core, q, k, v, bias, return_lse=return_lse)
 
 
