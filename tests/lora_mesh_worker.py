@@ -15,12 +15,9 @@ alone = len(sys.argv) == 3
 os.environ["XLA_FLAGS"] = (f"--xla_force_host_platform_device_count={8 if alone else 2} "
                            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
-import numpy as np  # noqa: E402
-
 from helios_jax import distributed  # noqa: E402
 from helios_jax.training.config import run_config  # noqa: E402
-from helios_jax.training.loop import train  # noqa: E402
-from helios_jax.training.metrics import VideoFileWriter  # noqa: E402
+from tests.tiny_training import train_keeping_frames  # noqa: E402
 
 MESHES = {"one": {}, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "two": {"fsdp": 2, "tensor": 2}}
 
@@ -46,11 +43,7 @@ def main(folder: Path, case: str, *others: str) -> None:
     if others:
         distributed.initialise(others[0], int(others[1]), int(others[2]))
 
-    def keep_exact_frames(self, step, name, frames, fps):
-        np.save(folder / case / "frames.npy", frames)
-
-    VideoFileWriter.video = keep_exact_frames
-    train(run_of(folder, case), folder / case, print_line=lambda line: print(line, flush=True))
+    train_keeping_frames(run_of(folder, case), folder / case)
 
 
 if __name__ == "__main__":
