@@ -61,9 +61,15 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def has_stepped(workdir: Path, since: float) -> bool:
+def newest_checkpoint(workdir: Path) -> int:
+    folder = workdir / "checkpoints"
+    return max((int(name) for name in os.listdir(folder) if name.isdigit()), default=0) if folder.is_dir() else 0
+
+
+def has_reached(workdir: Path, step: int, since: float) -> bool:
+    """Whether the attempt that began at ``since`` has: it first removes the lines that it will write again."""
     path = workdir / "metrics.jsonl"
-    return path.exists() and path.stat().st_mtime > since
+    return path.exists() and path.stat().st_mtime > since and max(losses(workdir), default=0) >= step
 
 
 def wait(child: int, happens: Callable[..., bool], *arguments) -> None:
@@ -79,8 +85,9 @@ def main(folder: Path, kills: int) -> None:
     expected, killed = losses(folder / "whole"), folder / "killed"
     rng, report = random.Random(0), {"kills": 0, "inside_a_save": 0, "steps": []}
     for number in range(kills):
-        child, before = start(killed), time.time()
-        wait(child, has_stepped, killed, before)
+        step, begun = newest_checkpoint(killed) + rng.randint(0, 4), time.time()
+        child = start(killed)
+        wait(child, has_reached, killed, step, begun)
         if number % 2:  # where saving begins, and a little later
             wait(child, saving, killed)
             time.sleep(rng.uniform(0, 0.02))
