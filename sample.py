@@ -6,6 +6,7 @@ Without ``--model`` it uses the small model in the box. ``--help`` lists everyth
 from __future__ import annotations
 
 import argparse
+import collections
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from helios_jax.errors import UserError, command_line
 
 if TYPE_CHECKING:
     from helios_jax.pipeline.pipeline import VideoStream
+    from helios_jax.sharding import MeshConfig
     from helios_jax.video import VideoWriter
 
 BOX = Path(__file__).resolve().parent / "assets" / "helios-tiny"
@@ -69,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="may be given several times; weight 1 "
                        "if none is given")
     model.add_argument("--lora_apart", action="store_true", help="keep LoRA beside the weights instead of merging it")
+
+    model.add_argument("--mesh", metavar="AXIS=N[,...]", help="divide the model over several devices: sizes of axes "
+                       "data, fsdp, context, tensor; one may be -1 for all that remain: fsdp=2,context=-1 "
+                       "(default: one device)")
 
     how = p.add_argument_group("how to sample (defaults depend on the model's variant)")
     how.add_argument("--steps", metavar="N[,N,N]", help="denoising steps, one number or one per pyramid stage (Base "
@@ -137,6 +143,8 @@ def read_config(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any
             fits, wanted = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of texts"
         elif key == "steps":
             fits, wanted = isinstance(value, (str, list)) or number, "a number or a list of them"
+        elif key == "mesh":
+            fits, wanted = isinstance(value, (str, dict)), "a text or an object of axes and their sizes"
         elif key == "prompt_schedule":
             fits, wanted = isinstance(value, (str, list)), "a list of changes or the name of a file"
         elif action.nargs == 0:
@@ -179,6 +187,22 @@ def parse_lora(values: list[str]) -> list[tuple[str, float]]:
         except ValueError:
             adapters.append((value, 1.0))  # a colon that belongs to the path
     return adapters
+
+
+def parse_mesh(value: Any) -> MeshConfig | None:
+    """'context=2,tensor=2', or the same as an object of a configuration file."""
+    if value is None:
+        return None
+    from helios_jax.sharding import MeshConfig
+    from helios_jax.training.config import from_mapping
+
+    if isinstance(value, str):
+        try:
+            sizes = {axis: int(size) for axis, size in (part.split("=") for part in value.replace(" ", "").split(","))}
+        except ValueError:
+            raise UserError(f"--mesh: AXIS=N[,AXIS=N] expected, got {value!r}") from None
+        value = sizes
+    return from_mapping(MeshConfig, value, "--mesh")
 
 
 def read_prompts(path: str) -> list[str]:
@@ -254,14 +278,19 @@ def main(argv: list[str] | None = None) -> int:
     given = options(sys.argv[1:] if argv is None else argv)
     steps, lora = parse_steps(given.get("steps")), parse_lora(given.get("lora", []))
 
+    mesh = parse_mesh(given.get("mesh"))
+
     import jax
 
+    from helios_jax import distributed
     from helios_jax import video as video_io
     from helios_jax.convert.folder import read_model_folder, resolve_model
     from helios_jax.pipeline.pipeline import HeliosPipeline
     from helios_jax.pipeline.prompts import checked_schedule, parse_schedule
     from helios_jax.pipeline.request import CHUNK_FRAMES, DEFAULT_FPS, SamplingOptions
 
+    if mesh is not None:
+        distributed.initialise()
     # Everything that can be wrong is looked at before the weights are read, which may take minutes.
     schedule = given.get("prompt_schedule", ())
     if schedule or schedule == []:
@@ -289,15 +318,19 @@ def main(argv: list[str] | None = None) -> int:
         image = video_io.preprocess_image(image, run.height, run.width)
     if frames is not None:
         frames = video_io.preprocess_video(frames, run.height, run.width)
-    for path in paths:
+    is_first = jax.process_index() == 0
+    for path in paths if is_first else ():
         video_io.VideoWriter(path, fps).discard()  # finds every output that cannot be written
 
     dtype = given.get("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     pipeline = HeliosPipeline.from_pretrained(folder.root, dtype=dtype, lora=lora,
-                                              merge_lora=not given.get("lora_apart", False))
+                                              merge_lora=not given.get("lora_apart", False), mesh=mesh)
     for prompt, path in zip(prompts, paths, strict=True):
         stream = pipeline.stream(prompt, negative_prompt=given.get("negative_prompt", ""), image=image, video=frames,
                                  prompt_schedule=schedule, options=run)
+        if not is_first:  # of several processes the first one writes
+            collections.deque(stream, maxlen=0)
+            continue
         progress = Progress(path.name, stream, given.get("quiet", False), compiles=path == paths[0])
         sample_one(stream, video_io.VideoWriter(path, fps), progress)
     return 0

@@ -220,17 +220,12 @@ def main() -> None:
         import jax
         import torch
 
+        from benchmarks.machine import processor_name
+
         machine = {"processor": processor_name(), "threads": arguments.threads, "python": platform.python_version(),
                    "jax": jax.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
         report = {"machine": machine, "arguments": vars(arguments), "rows": rows}
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
-
-
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

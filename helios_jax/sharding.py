@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -312,22 +313,28 @@ def place_batch(partition: Partition, batch: PyTree, batch_size: int) -> PyTree:
 
 
 def gather(tree: PyTree) -> PyTree:
-    """Whole copies of arrays that lie on a mesh, as numpy arrays in every process.
+    """Whole copies of arrays that lie on a mesh, as numpy arrays in the first process, None in the others.
 
     Every process must call it. Arrays that other processes hold parts of come a slice of the leading axis at a time,
-    so that no device needs room for a whole stack of layers.
+    so that neither a device nor another process needs room for a whole stack of layers.
     """
     from jax.experimental import multihost_utils
 
-    def whole(leaf: Any) -> np.ndarray:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            return np.asarray(leaf)
-        if leaf.is_fully_replicated:
-            return np.asarray(leaf.addressable_data(0))
-        if leaf.ndim < 3:
-            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-        return np.stack([np.asarray(multihost_utils.process_allgather(leaf[i], tiled=True))
-                         for i in range(leaf.shape[0])])
+    is_first = jax.process_index() == 0
+
+    def whole(leaf: Any) -> np.ndarray | None:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            slices = [leaf] if leaf.ndim < 3 else (leaf[i] for i in range(leaf.shape[0]))
+            parts = []
+            for part in slices:
+                gathered = multihost_utils.process_allgather(part, tiled=True)
+                parts += [np.asarray(gathered)] if is_first else []
+            if not is_first:
+                return None
+            return parts[0] if leaf.ndim < 3 else np.stack(parts)
+        if not is_first:
+            return None
+        return np.asarray(leaf)
 
     return jax.tree.map(whole, tree)
 
@@ -346,6 +353,30 @@ def use(partition: Partition) -> Iterator[None]:
             yield
     finally:
         _CURRENT.reset(token)
+
+
+def current() -> Partition | None:
+    """The partition in :func:`use`."""
+    return _CURRENT.get()
+
+
+def jit(partition: Partition | None, function: Callable[..., Any], **options: Any) -> Any:
+    """``jax.jit`` of a function that runs on a mesh; what it returns is whole on every device.
+
+    Args:
+      partition: mesh and rules; None, or one device, for plain ``jax.jit``.
+      function: traced within :func:`use`.
+      options: of ``jax.jit``.
+    """
+    if partition is None or partition.mesh.size == 1:
+        return jax.jit(function, **options)
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any, **kwargs: Any) -> Any:
+        with use(partition):
+            return function(*args, **kwargs)
+
+    return jax.jit(on_mesh, out_shardings=partition.replicated, **options)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -19,8 +19,8 @@ def test_several_processes_judge_as_one_does(tmp_path, capsys):
     for processes in ("1", "2"):
         path = tmp_path / f"{processes}.json"
         with pytest.raises(SystemExit) as exit_:
-            evaluate.main(["--model", str(BOX), "--prompts", str(PROMPTS), "--limit", "2", "--steps", "2", "--batch", "1",
-                           "--num_frames", "33", "--processes", processes, "--json", str(path)])
+            evaluate.main(["--model", str(BOX), "--prompts", str(PROMPTS), "--limit", "2", "--steps", "2",
+                           "--batch", "1", "--num_frames", "33", "--processes", processes, "--json", str(path)])
         assert exit_.value.code == 0
         reports.append(json.loads(path.read_text()))
     one, two = ({key: value for key, value in report.items() if key != "seconds"} for report in reports)

@@ -36,8 +36,8 @@ def flags(workdir: Path, *changes: str) -> list[str]:
             f"--config.num_steps={STEPS}", "--config.checkpoint_every=8", *changes]
 
 
-def start_two(workdir: Path, *changes: str) -> list[subprocess.Popen]:
-    """Two processes of one CPU device each, which divide every batch of four."""
+def start_several(count: int, workdir: Path, *changes: str) -> list[subprocess.Popen]:
+    """Processes of one CPU device each, which divide every batch of four."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -45,8 +45,9 @@ def start_two(workdir: Path, *changes: str) -> list[subprocess.Popen]:
                    "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     return [subprocess.Popen(
         [sys.executable, *flags(workdir, "--config.mesh.data=-1", *changes), "--coordinator", f"localhost:{port}",
-         "--num_processes", "2", "--process_id", str(number)],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for number in (0, 1)]
+         "--num_processes", str(count), "--process_id", str(number)],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for number in range(count)]
 
 
 def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
@@ -67,7 +68,7 @@ def one(tmp_path_factory) -> dict[int, float]:
 
 
 def test_two_processes_stop_at_a_signal_to_one_and_one_process_goes_on(one, tmp_path):
-    first, second = start_two(tmp_path, "--config.objective.step_sleep=0.2")
+    first, second = start_several(2, tmp_path, "--config.objective.step_sleep=0.2")
     wait_for_step(first, tmp_path, 10)
     second.send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=300) for process in (first, second)]
@@ -83,8 +84,15 @@ def test_two_processes_stop_at_a_signal_to_one_and_one_process_goes_on(one, tmp_
     assert losses(tmp_path) == pytest.approx(one, rel=1e-6)
 
 
+def test_four_processes_give_the_losses_of_one(one, tmp_path):
+    processes = start_several(4, tmp_path)
+    outputs = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    assert losses(tmp_path) == pytest.approx(one, rel=1e-6)
+
+
 def test_a_lost_process_ends_the_other_with_one_line_and_two_resume(one, tmp_path):
-    first, second = start_two(tmp_path, "--config.objective.step_sleep=0.2")
+    first, second = start_several(2, tmp_path, "--config.objective.step_sleep=0.2")
     wait_for_step(first, tmp_path, 10)
     second.kill()
     killed = time.time()
@@ -95,7 +103,7 @@ def test_a_lost_process_ends_the_other_with_one_line_and_two_resume(one, tmp_pat
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "of the run was lost; the same command resumes" in lines[0]
 
-    processes = start_two(tmp_path)
+    processes = start_several(2, tmp_path)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert f"complete at step {STEPS}" in outputs[0][0]

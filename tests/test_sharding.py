@@ -58,6 +58,21 @@ def test_losses_on_a_mesh_are_those_of_one_device(trained, case):
     assert_equal_losses(trained, "one", case)
 
 
+def test_stage_2_with_adapters_on_a_mesh_gives_the_losses_of_one_device(tmp_path):
+    run_cases(tmp_path, "stage2_lora:one", "stage2_lora:mixed")
+    assert_equal_losses(tmp_path, "stage2_lora-one", "stage2_lora-mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stage1_lora", "stage2", "stage2_lora"])
+def test_losses_on_four_meshes_are_those_of_one_device(kind, tmp_path):
+    """Stage 1 with all parameters stands above."""
+    meshes = ("data", "fsdp", "mixed", "context")
+    run_cases(tmp_path, f"{kind}:one", *(f"{kind}:{mesh}" for mesh in meshes))
+    for mesh in meshes:
+        assert_equal_losses(tmp_path, f"{kind}-one", f"{kind}-{mesh}")
+
+
 @pytest.mark.slow
 def test_muon_on_a_mesh_gives_the_losses_of_one_device(tmp_path):
     assert_equal_losses(run_cases(tmp_path, "one_muon", "fsdp_muon"), "one_muon", "fsdp_muon")

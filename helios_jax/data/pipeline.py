@@ -103,6 +103,23 @@ def clip_dataset(batch_size: int, seed: int, *, frames: int = 33, height: int = 
     return batches(grain.MapDataset.range(_CLIPS_PER_SEED).map(render), batch_size, threads)
 
 
+class RecordSource:
+    """Random access to serialised records; one that cannot be read is named in one line (UserError)."""
+
+    def __init__(self, source: grain.sources.ArrayRecordDataSource, root: Path):
+        self._source, self._root = source, root
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return self._source[index]
+        except Exception as error:  # as in LatentFolder.source
+            raise UserError(f"data: record {index} of {self._root} cannot be read ({type(error).__name__}: "
+                            f"{' '.join(str(error).split())[:300]})") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class LatentFolder:
     """What ``dataset.json`` of a folder of latent records says.
@@ -159,7 +176,7 @@ class LatentFolder:
         """Frames, height, width and channels of a section."""
         return self.frames, self.height, self.width, self.channels
 
-    def source(self) -> grain.sources.ArrayRecordDataSource:
+    def source(self) -> RecordSource:
         """Random access to the serialised records.
 
         Raises:
@@ -172,7 +189,7 @@ class LatentFolder:
             raise UserError(f"data: {self.root} cannot be read ({type(error).__name__}: {error})") from None
         if count != self.num_records:
             raise UserError(f"data: {self.root} holds {count} records, its dataset.json says {self.num_records}")
-        return source
+        return RecordSource(source, self.root)
 
     def empty_prompt(self, text_rows: int | None = None) -> tuple[np.ndarray, int]:
         """Embedding of the empty prompt, float32 [text_rows, D] with zeros behind it, and its number of rows.

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helios_jax import sharding
 from helios_jax import text as text_path
 from helios_jax.convert.folder import ModelFolder, read_model_folder, resolve_model
 from helios_jax.convert.load import load_pipeline_params
+from helios_jax.convert.rules import abstract_params
 from helios_jax.diffusion.history import replaces_anchor, update_anchor
 from helios_jax.diffusion.noise import NoiseSource, SeededNoise
 from helios_jax.errors import UserError
@@ -31,6 +33,7 @@ from helios_jax.pipeline.conditioning import Condition, ConditionEncoder
 from helios_jax.pipeline.prompts import PromptChange, PromptTrack, checked_schedule, rows_needed, with_rows
 from helios_jax.pipeline.request import SamplingOptions
 from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
+from helios_jax.sharding import MeshConfig, Partition
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -65,11 +68,13 @@ class HeliosPipeline:
       lora: adapter tree for the transformer, or None.
       unroll: layers per iteration of the transformer's scan, 0 for all; default: all on a CPU, 1 elsewhere.
       tokenizer: default: that of the folder, read at the first prompt.
+      partition: the mesh on which the parameters lie (see :func:`component_shardings`) and videos are made; None for
+        one device. Of several processes all must ask for the same videos; each gets them whole.
     """
 
     def __init__(self, folder: ModelFolder, params: Mapping[str, Params], *, dtype: Any = jnp.float32,
                  vae_dtype: Any = jnp.float32, lora: Params | None = None, unroll: int | None = None,
-                 tokenizer: text_path.TokenEncoder | None = None):
+                 tokenizer: text_path.TokenEncoder | None = None, partition: Partition | None = None):
         self.folder, self.index, self.scheduler = folder, folder.index, folder.scheduler
         on_cpu = jax.default_backend() == "cpu"
         unroll = (0 if on_cpu else 1) if unroll is None else unroll
@@ -77,18 +82,22 @@ class HeliosPipeline:
         self.vae = WanVAE(folder.vae, vae_dtype, "taps" if on_cpu else "3d")
         self.text_encoder = UMT5Encoder(folder.text_encoder, dtype)
         self.params = dict(params)
-        self.variables = {"params": params["transformer"]} | ({"lora": jax.tree.map(jnp.asarray, lora)} if lora else {})
+        self._partition = partition
+        self.variables = {"params": params["transformer"]}
+        if lora:
+            self.variables["lora"] = jax.tree.map(jnp.asarray, lora) if partition is None else sharding.place(
+                lora, sharding.param_shardings(partition, lora))
         self._tokenizer = tokenizer
         # Compiled here and not per run, so that a second video of the same size compiles nothing.
-        self._context = jax.jit(self.transformer.text_context, static_argnames="total")
-        self._encode = jax.jit(functools.partial(_encode_window, self.vae))
-        self._decode = jax.jit(functools.partial(_decode_chunk, self.vae))
+        self._context = sharding.jit(partition, self.transformer.text_context, static_argnames="total")
+        self._encode = sharding.jit(partition, functools.partial(_encode_window, self.vae))
+        self._decode = sharding.jit(partition, functools.partial(_decode_chunk, self.vae))
         self._samplers: dict[Any, ChunkSampler] = {}
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, dtype: str = "float32", vae_dtype: str = "float32",
                         lora: Sequence[tuple[str | Path, float]] = (), merge_lora: bool = True,
-                        unroll: int | None = None) -> HeliosPipeline:
+                        unroll: int | None = None, mesh: MeshConfig | None = None) -> HeliosPipeline:
         """Loads a checkpoint.
 
         Args:
@@ -96,26 +105,32 @@ class HeliosPipeline:
           dtype: 'float32' or 'bfloat16', of transformer and text encoder.
           lora: (file or folder, weight) pairs.
           merge_lora: add the adapters to the weights; False keeps them apart.
+          mesh: divide the model over several devices (docs/pods.md); None takes the first one.
 
         Raises:
-          UserError: the checkpoint or an adapter cannot be used; one line.
+          UserError: the checkpoint or an adapter cannot be used, or the mesh does not fit; one line.
         """
         for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
             if value not in DTYPES:
                 raise UserError(f"{name}: one of {', '.join(DTYPES)}, got {value!r}")
         compute, vae_compute = DTYPES[dtype], DTYPES[vae_dtype]
         folder = read_model_folder(resolve_model(model))
+        partition = None if mesh is None else Partition.create(mesh)
+        if partition is not None:
+            partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         # The small files first: a mistake in them shows before gigabytes are read.
         loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
         _, params = load_pipeline_params(
-            folder.root, dtype={"transformer": compute, "text_encoder": compute, "vae": vae_compute})
+            folder.root, dtype={"transformer": compute, "text_encoder": compute, "vae": vae_compute},
+            sharding=component_shardings(folder, partition))
         adapters = None
         if loaded:
             if merge_lora:
                 params["transformer"] = merge(params["transformer"], loaded)
             else:
                 adapters = adapter_tree(loaded)
-        return cls(folder, params, dtype=compute, vae_dtype=vae_compute, lora=adapters, unroll=unroll)
+        return cls(folder, params, dtype=compute, vae_dtype=vae_compute, lora=adapters, unroll=unroll,
+                   partition=partition)
 
     def __call__(self, prompt: str | Sequence[str], **request: Any) -> np.ndarray:
         """The whole video, float32 [B, F, H, W, 3] in [0, 1]. Arguments as :meth:`stream`."""
@@ -163,6 +178,9 @@ class HeliosPipeline:
         plan = SamplingPlan.for_model(self.index, steps=options.steps, guidance_scale=options.guidance_scale,
                                       use_zero_init=options.use_zero_init, zero_steps=options.zero_steps,
                                       amplify_first_chunk=options.amplify_first_chunk)
+        if self._partition is not None:
+            self._partition.attention.check(options.videos_at_once * (2 if plan.guided else 1),
+                                            self.folder.transformer.num_attention_heads)
         encoder = ConditionEncoder(functools.partial(self._encode, self.params["vae"]), self.folder.vae, plan.layout,
                                    options.condition_sigma)
         changes = ()
@@ -193,7 +211,7 @@ class HeliosPipeline:
         key = (plan, height, width)
         if key not in self._samplers:
             self._samplers[key] = ChunkSampler(self.transformer, self.scheduler, plan, height, width,
-                                               self.folder.vae.z_dim)
+                                               self.folder.vae.z_dim, self._partition)
         return self._samplers[key]
 
     def compiled_programs(self) -> int:
@@ -300,6 +318,18 @@ class VideoStream(Iterator[Chunk]):
                 contexts.append(self._pipeline.context(text_path.concatenate([with_rows(e, rows) for e in parts])))
             self._contexts = (prompts, contexts)
         return self._contexts[1]
+
+
+def component_shardings(folder: ModelFolder, partition: Partition | None) -> dict[str, Any]:
+    """Where the parameters of the components lie on a mesh, as the loaders take it; {} without one.
+
+    The VAE is small and whole on every device.
+    """
+    if partition is None:
+        return {}
+    places = {name: sharding.param_shardings(partition, abstract_params(name, folder.config(name)))
+              for name in ("transformer", "text_encoder")}
+    return {**places, "vae": partition.replicated}
 
 
 def _encode_window(vae: WanVAE, params: Params, video: Array, eps: Array) -> Array:

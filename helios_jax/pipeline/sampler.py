@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helios_jax import sharding
 from helios_jax.config import ModelIndex, SchedulerConfig
 from helios_jax.diffusion import guidance, noise, pyramid, solvers
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.noise import NoiseSource
 from helios_jax.diffusion.schedules import Schedule, latent_tokens, make_schedule, pyramid_schedules, stage_table
 from helios_jax.models.transformer import HeliosTransformer, TextContext
+from helios_jax.sharding import Partition
 
 Array = jax.Array
 
@@ -82,19 +84,20 @@ class ChunkSampler:
       plan: the run.
       height, width: pixel size; multiples of 16 * 2**(stages - 1).
       latent_channels: of the VAE.
+      partition: the mesh to run on, or None.
     """
 
     def __init__(self, model: HeliosTransformer, scheduler: SchedulerConfig, plan: SamplingPlan, height: int,
-                 width: int, latent_channels: int = 16):
+                 width: int, latent_channels: int = 16, partition: Partition | None = None):
         self.model, self.scheduler, self.plan = model, scheduler, plan
         self.size = (height // 8, width // 8)
         self.channels = latent_channels
         self.stages = len(plan.steps)
         self._tables = {amplify: self._stage_tables(amplify) for amplify in {False, plan.amplify_first_chunk}}
-        self._noise_shape = jax.jit(lambda x: pyramid.noise_pyramid(x, self.stages)[0])
+        self._noise_shape = sharding.jit(partition, lambda x: pyramid.noise_pyramid(x, self.stages)[0])
         # Later stages enlarge their input, whose memory is then of no use to them.
-        self._stage_programs = [jax.jit(functools.partial(self._stage, stage), donate_argnums=() if stage else 1)
-                                for stage in range(self.stages)]
+        self._stage_programs = [sharding.jit(partition, functools.partial(self._stage, stage),
+                                             donate_argnums=() if stage else 1) for stage in range(self.stages)]
 
     def schedules(self, amplify: bool = False) -> tuple[Schedule, ...]:
         """The schedules of every stage, in float64."""

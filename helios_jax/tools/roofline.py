@@ -41,6 +41,18 @@ CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (
 )}
 
 
+# ``device_kind`` of JAX -> chip; the H100's and H200's peak is NVIDIA's for dense products.
+_KINDS_OF_TPU = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+                 "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+_KINDS_OF_GPU = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of bfloat16 products per second of a JAX device, or None where it is not known."""
+    name = _KINDS_OF_TPU.get(device_kind)
+    return _KINDS_OF_GPU.get(device_kind) if name is None else CHIPS[name].flops
+
+
 class Modelled(NamedTuple):
     """Seconds of arithmetic and of communication; best: one hides behind the other, worst: neither does."""
 

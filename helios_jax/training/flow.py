@@ -37,6 +37,7 @@ from helios_jax.training.corruption import CorruptionConfig, CorruptionRandomnes
 from helios_jax.training.objective import BaseParams, Objective, sample_keys
 from helios_jax.training.validation_loss import ValidationConfig, ValidationLoss
 from helios_jax.training.weights import LoraConfig, LoraTraining, TrainedWeights, trained_weights
+from helios_jax.training.work import Work, forward
 
 PyTree = Any
 
@@ -329,6 +330,7 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
     weights = trained_weights(config.lora, model)
     rows, length = folder.empty_prompt(text_rows)
     base, load_params = _start_values(run, weights)
+    adapters = weights.num_adapters if isinstance(weights, LoraTraining) else 0
 
     errors = make_errors(config, layout, model, weights)
     frozen = {"empty": {"text": rows, "text_length": np.int32(length)}}
@@ -359,6 +361,9 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
             judged = dataclasses.replace(sampling, num_frames=wanted.reader_frames)
             measures.append(lambda params: validator.reader_scores(variables(params), wanted.reader_prompts, judged))
 
+    def work(batch: dict[str, jax.Array]) -> Work:
+        return step_work(config, layout, batch, adapters)
+
     def evaluate(params: PyTree, step: int) -> dict[str, float]:
         return {name: value for measure in measures for name, value in measure(params).items()}
 
@@ -366,7 +371,27 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
         init_params=weights.init, load_params=load_params, loss=make_loss(config, errors), per_sample_keys=True,
         dataset=bucketed_dataset(folder_buckets(config.data), run.batch_size, run.seed, layout, threads=config.threads),
         frozen=frozen, base=base, sample=sample, fps=folder.fps, evaluate=evaluate if measures else None,
-        export=export)
+        export=export, work=work, on_mesh=True)
+
+
+def step_work(config: FlowConfig, layout: HistoryLayout, batch: dict[str, jax.Array], adapters: int = 0) -> Work:
+    """What a training step computes.
+
+    Args:
+      config: the objective's settings.
+      layout: of the history.
+      batch: with the shapes of a batch.
+      adapters: numbers of a LoRA run's adapters; each is counted as if it saw all tokens.
+    """
+    batch_size, _, height, width, _ = batch["target"].shape
+    tokens = flops = 0.0
+    for level in config.entries:
+        one = forward(config.transformer, layout, (height, width), batch["text"].shape[1],
+                      2 ** (max(config.entries) - level))
+        tokens += one.tokens
+        weights = 2 * one.products + 3 * 2 * one.tokens * adapters if config.lora.rank else 3 * one.products
+        flops += weights + 3 * one.attention
+    return Work(batch_size * tokens, batch_size * flops)
 
 
 def _start_values(run: RunConfig, weights: TrainedWeights

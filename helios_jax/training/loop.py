@@ -26,6 +26,7 @@ from helios_jax.training.checkpoint import Checkpointer, guard_config
 from helios_jax.training.config import RunConfig
 from helios_jax.training.metrics import Writers, duration
 from helios_jax.training.program import Program, TrainState
+from helios_jax.training.progress import Progress
 
 PyTree = Any
 
@@ -144,8 +145,8 @@ def _train(run: RunConfig, workdir: str | Path, print_line: Callable[[str], None
             print_line(f"stopped by {signal.Signals(number).name} at step {step}: saved; the same command resumes")
             return TrainResult(step, number)
         if objective.export is not None:
-            params = _whole(program, state.best_params())
-            if is_first:
+            params = _looked_at(program, state.best_params())
+            if is_first or objective.on_mesh:
                 objective.export(params, str(workdir / "export"))
                 print_line(f"exported to {workdir / 'export'}")
             distributed.wait_for_all("exported")
@@ -165,59 +166,56 @@ def _silent(line: str) -> None:
     del line
 
 
-def _whole(program: Program, params: PyTree) -> PyTree:
-    """Parameters as programs of one device need them: as they are, or gathered from the mesh by all processes."""
-    return params if program.partition.mesh.size == 1 else sharding.gather(params)
+def _looked_at(program: Program, params: PyTree) -> PyTree:
+    """Parameters as the objective wants to see them: where they lie, or gathered from the mesh by all processes."""
+    return params if program.objective.on_mesh or program.partition.mesh.size == 1 else sharding.gather(params)
 
 
 def _loop(program: Program, state: TrainState, frozen: PyTree, start: int, iterator: Any, checkpointer: Checkpointer,
           writers: Writers | None, stop: StopRequest, print_line: Callable[[str], None]) -> tuple[TrainState, int]:
-    run = program.run
+    run, objective, mesh = program.run, program.objective, program.partition.mesh
     compiled: dict[Any, jax.stages.Compiled] = {}  # by the shapes of the batch: data of several sizes take turns
     pending: list[dict[str, jax.Array]] = []  # metrics of the steps since the last log line, still on the device
-    vote = distributed.StopVote(program.partition.mesh)
-    waited, interval_start, step = 0.0, time.perf_counter(), start
+    vote = distributed.StopVote(mesh)
+    progress, step = Progress(run.batch_size, run.num_steps, mesh.devices.flat[0].device_kind, mesh.size), start
     while step < run.num_steps and not vote(stop.signal is not None):
-        before = time.perf_counter()
-        batch = sharding.place_batch(program.partition, next(iterator), run.batch_size)
-        waited += time.perf_counter() - before
+        with progress.waiting():
+            batch = sharding.place_batch(program.partition, next(iterator), run.batch_size)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch))
         if shapes not in compiled:
-            jax.block_until_ready(pending)  # steps in flight are timed, compiling is not
-            before = time.perf_counter()
-            compiled[shapes] = program.lower(batch).compile()
-            seconds = time.perf_counter() - before
-            print_line(f"compiled the step in {duration(seconds)}" + " (for data of another size)" * (step > start))
-            waited, interval_start = (0.0, time.perf_counter()) if step == start else (waited, interval_start + seconds)
+            begun = time.perf_counter()
+            with progress.paused(pending):
+                compiled[shapes] = program.lower(batch).compile()
+            print_line(f"compiled the step in {duration(time.perf_counter() - begun)}"
+                       + " (for data of another size)" * (step > start))
+            if step == start:  # without the start of the input pipeline
+                progress.restart()
         state, metrics = compiled[shapes](state, frozen, batch)
         step += 1
         pending.append(metrics)
+        progress.step(None if objective.work is None else objective.work(batch))
         if len(pending) > 1:  # at most two steps in flight: a signal or a save never waits for a long queue
             jax.block_until_ready(pending[-2])
 
         if step % run.log_every == 0 or step == run.num_steps:
             values = jax.device_get(pending)
-            seconds = (time.perf_counter() - interval_start) / len(values)
             means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
-            rate = run.batch_size / seconds
+            speed = progress.numbers()
             if writers is not None:
-                writers.scalars(step, {**means, "step_seconds": seconds, "samples_per_second": rate,
-                                       "data_wait_fraction": waited / (seconds * len(values))})
-            left = duration((run.num_steps - step) * seconds)
-            print_line(f"step {step}/{run.num_steps}  loss {means['loss']:.5f}  grad {means['grad_norm']:.3f}  "
-                       f"{seconds:.3f} s/step  {rate:.1f} samples/s  {left} left")
+                writers.scalars(step, {**means, **speed})
+            print_line(progress.line(step, means, speed))
             if int(state.skipped) >= MAX_SKIPPED_STEPS:
                 raise UserError(f"training diverged: the gradient was not finite for {int(state.skipped)} steps up to "
                                 f"step {step}; the checkpoint of step {checkpointer.latest_step()} is the last good one"
                                 " (try a smaller optimizer.learning_rate or a longer optimizer.warmup_steps)")
             pending.clear()
-            waited, interval_start = 0.0, time.perf_counter()
+            progress.restart()
 
         if step % run.checkpoint_every == 0:
             checkpointer.save(step, state.items(), iterator)
         if run.sample_every and (step % run.sample_every == 0 or step == run.num_steps):
-            _evaluate(program, state.best_params(), step, writers)
-            interval_start = time.perf_counter()  # neither sampling nor the steps before it belong to the step time
+            with progress.paused(pending):
+                _evaluate(program, state.best_params(), step, writers)
     return state, step
 
 
@@ -225,13 +223,16 @@ def _evaluate(program: Program, params: PyTree, step: int, writers: Writers | No
     objective = program.objective
     if objective.evaluate is None and objective.sample is None:
         return
-    params = _whole(program, params)
-    if writers is None:  # only the first process looks
+    params = _looked_at(program, params)
+    if writers is None and not objective.on_mesh:
         return
-    if program.partition.mesh.size > 1:
+    if program.partition.mesh.size > 1 and not objective.on_mesh:
         params = jax.device_put(params, jax.local_devices()[0])
-    if objective.evaluate is not None:
-        writers.scalars(step, {f"eval/{name}": value for name, value in objective.evaluate(params, step).items()})
-    if objective.sample is not None:
-        for name, frames in objective.sample(params, step).items():
-            writers.video(step, name, frames, objective.fps)
+    numbers = {} if objective.evaluate is None else objective.evaluate(params, step)
+    videos = {} if objective.sample is None else objective.sample(params, step)
+    if writers is None:  # only the first process writes
+        return
+    if numbers:
+        writers.scalars(step, {f"eval/{name}": value for name, value in numbers.items()})
+    for name, frames in videos.items():
+        writers.video(step, name, frames, objective.fps)

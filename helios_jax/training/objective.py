@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from helios_jax.errors import UserError
+from helios_jax.training.work import Work
 
 PyTree = Any
 
@@ -74,6 +75,10 @@ class Objective:
       fps: frames per second of these videos.
       evaluate: ``evaluate(params, step) -> {name: float}``: validation numbers, logged with the samples.
       export: ``export(params, folder) -> None``: writes the final (EMA) parameters in the published layout.
+      work: ``work(batch) -> Work``: tokens and operations of a step on a batch, of which only the shapes are read.
+      on_mesh: every process calls ``sample``, ``evaluate`` and ``export``, with the parameters where they lie on the
+        mesh; the first one's results count, and only it may write. Otherwise the first process alone calls them, with
+        whole copies.
     """
 
     init_params: Callable[[jax.Array], PyTree]
@@ -88,6 +93,8 @@ class Objective:
     fps: int = 24
     evaluate: Callable[[PyTree, int], dict[str, float]] | None = None
     export: Callable[[PyTree, str], None] | None = None
+    work: Callable[[dict[str, jax.Array]], Work] | None = None
+    on_mesh: bool = False
 
 
 def sample_keys(key: jax.Array, batch_size: int) -> jax.Array:

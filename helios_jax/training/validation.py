@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helios_jax import sharding
 from helios_jax.config import ModelIndex, SchedulerConfig, TransformerConfig
 from helios_jax.convert.export import export_pipeline
 from helios_jax.convert.folder import ModelFolder, read_component_config
 from helios_jax.convert.load import load_component
 from helios_jax.convert.rules import param_dtype
 from helios_jax.data import reader, shapes
-from helios_jax.pipeline.pipeline import HeliosPipeline
+from helios_jax.pipeline.pipeline import HeliosPipeline, component_shardings
 from helios_jax.training.weights import TrainedWeights
 
 PyTree = Any
@@ -63,7 +64,8 @@ class Sampling:
 
 
 class Validator:
-    """Samples with the parameters in training; compiled programs are kept from round to round.
+    """Samples with the parameters in training, on the mesh that is in use when it is made; compiled programs are kept
+    from round to round.
 
     Args:
       folder: of :func:`model_folder`.
@@ -73,13 +75,16 @@ class Validator:
 
     def __init__(self, folder: ModelFolder, unroll: int, dtype: str = "float32"):
         self._folder, self._unroll, self._dtype = folder, unroll, jnp.dtype(dtype)
+        self._partition = sharding.current()
         self._pipeline: HeliosPipeline | None = None
 
     def _make_pipeline(self, variables: PyTree) -> HeliosPipeline:
-        others = {name: load_component(self._folder.root / name, name, self._folder.config(name), dtype=dtype)
+        places = component_shardings(self._folder, self._partition)
+        others = {name: load_component(self._folder.root / name, name, self._folder.config(name), dtype,
+                                       places.get(name))
                   for name, dtype in (("vae", jnp.float32), ("text_encoder", self._dtype))}
         return HeliosPipeline(self._folder, {**others, "transformer": variables["params"]}, dtype=self._dtype,
-                              unroll=self._unroll)
+                              unroll=self._unroll, partition=self._partition)
 
     def videos(self, variables: PyTree, prompts: Sequence[str], sampling: Sampling) -> np.ndarray:
         """One video per prompt in one batch, uint8 [B, F, H, W, 3]; the same noise in every round.
@@ -117,7 +122,8 @@ def make_export(folder: ModelFolder, dtype: str, weights: TrainedWeights, load_b
                 ) -> Callable[[PyTree, str], None]:
     """``Objective.export``: the whole model as a folder that this library and diffusers load.
 
-    A LoRA run's folder holds the merged transformer and, in ``lora/``, the adapters by themselves.
+    A LoRA run's folder holds the merged transformer and, in ``lora/``, the adapters by themselves. All processes call
+    it; parameters come from the mesh one after another, and only the first process keeps and writes them.
 
     Args:
       folder: of :func:`model_folder`.
@@ -128,18 +134,19 @@ def make_export(folder: ModelFolder, dtype: str, weights: TrainedWeights, load_b
     """
 
     def export(params: PyTree, out: str) -> None:
-        components = {name: load_component(folder.root / name, name, folder.config(name))
-                      for name in ("vae", "text_encoder")}
         base = load_base()
         if base is not None:  # merged in the wider of the two types, so that sums are rounded once
             base = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, dtype)), base)
         merged = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: np.asarray(leaf).astype(
-                param_dtype("transformer", tuple(key.key for key in path), jnp.dtype(dtype))),
+            lambda path, leaf: sharding.gather(leaf.astype(
+                param_dtype("transformer", tuple(key.key for key in path), jnp.dtype(dtype)))),
             weights.merged(params, base))
-        configs = {name: folder.config(name) for name in ("transformer", "vae", "text_encoder")}
-        export_pipeline(out, {"transformer": merged, **components}, configs, index=folder.index,
-                        scheduler=folder.scheduler, tokenizer=folder.tokenizer, overwrite=True)
+        if jax.process_index() == 0:
+            components = {name: load_component(folder.root / name, name, folder.config(name))
+                          for name in ("vae", "text_encoder")}
+            configs = {name: folder.config(name) for name in ("transformer", "vae", "text_encoder")}
+            export_pipeline(out, {"transformer": merged, **components}, configs, index=folder.index,
+                            scheduler=folder.scheduler, tokenizer=folder.tokenizer, overwrite=True)
         weights.write_parts(params, Path(out) / "lora")
 
     return export

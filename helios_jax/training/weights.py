@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax import lora as lora_files
+from helios_jax import sharding
 from helios_jax.config import TransformerConfig
 from helios_jax.convert.rules import Layout, Leaf, flatten, leaves, unflatten
 from helios_jax.convert.safetensors_io import write_safetensors
@@ -91,7 +92,8 @@ class TrainedWeights(Protocol):
         """One tree of transformer parameters with the same output; ``base`` as in ``frozen["base"]``."""
 
     def write_parts(self, params: PyTree, folder: str | Path) -> None:
-        """Writes what was trained beside the merged model, where that is something of its own."""
+        """Writes what was trained beside the merged model, where that is something of its own; all processes call
+        it, the first one writes."""
 
 
 class FullTraining:
@@ -150,6 +152,12 @@ class LoraTraining:
             items.append(((*leaf.path[:-1], "b"), jnp.zeros((*layers, rank, leaf.shape[-1]))))
         return unflatten(items)
 
+    @property
+    def num_adapters(self) -> int:
+        """Numbers in all adapters."""
+        abstract = jax.eval_shape(self.init_adapters, jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
     def is_whole(self, path: tuple[str, ...]) -> bool:
         """Whether the transformer's parameter at ``path`` is trained whole."""
         return any(leaf.path == path for leaf in self._full)
@@ -183,6 +191,9 @@ class LoraTraining:
     def write_parts(self, params: PyTree, folder: str | Path) -> None:
         """``pytorch_lora_weights.safetensors`` as diffusers and :mod:`helios_jax.lora` read it, and the whole modules
         under their PyTorch names in ``transformer_partial.safetensors``; all float32."""
+        params = sharding.gather(params)
+        if jax.process_index() != 0:
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lora_files.write_lora(folder / lora_files.DEFAULT_FILE, params["lora"], self._model.config,

@@ -1,0 +1,94 @@
+"""What a run says of data and checkpoints that are damaged or not its own: one clear line, and nothing overwritten.
+
+Mistakes in configurations and flags stand in test_training_loop.py, meshes that do not fit in test_sharding.py and
+test_sampling_mesh.py, missing data in test_training_data.py and test_training_sizes.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+import training_toy_config
+
+from helios_jax.data.buckets import bucketed_dataset, folder_buckets
+from helios_jax.data.random_latents import write_random_latents
+from helios_jax.errors import UserError
+from helios_jax.training.config import run_config
+from helios_jax.training.loop import train
+
+
+def toy_run(**changes):
+    config = training_toy_config.get_config()
+    config.update({"num_steps": 4, "checkpoint_every": 2, **changes})
+    return run_config(config)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def quiet(line: str) -> None:
+    del line
+
+
+def assert_refused(run, workdir: Path, message: str) -> None:
+    before = contents(workdir / "checkpoints"), contents(workdir).get("metrics.jsonl")
+    with pytest.raises(UserError, match=message) as caught:
+        train(run, workdir, print_line=quiet)
+    assert "\n" not in str(caught.value)
+    assert (contents(workdir / "checkpoints"), contents(workdir).get("metrics.jsonl")) == before
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    train(toy_run(), tmp_path / "run", print_line=quiet)
+    return tmp_path / "run"
+
+
+def test_the_checkpoint_of_another_model_is_refused(finished):
+    """Its configuration is gone, so that only the arrays can tell."""
+    (finished / "config.json").unlink()
+    assert_refused(toy_run(objective={"width": 12}), finished, "checkpoint .*4 cannot be restored: .*another model")
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer", "data"])
+def test_a_truncated_checkpoint_is_refused(finished, item):
+    files = [path for path in (finished / "checkpoints/4" / item).rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert_refused(toy_run(), finished, "checkpoint .*4 cannot be restored: it is damaged")
+
+
+def test_a_checkpoint_without_a_part_is_refused(finished):
+    for path in sorted((finished / "checkpoints/4/ema").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (finished / "checkpoints/4/ema").rmdir()
+    assert_refused(toy_run(), finished, "checkpoint .*4 cannot be restored")
+
+
+def test_a_configuration_changed_in_two_places_is_refused_with_both(finished):
+    assert_refused(toy_run(ema_decay=0.5, optimizer={"learning_rate": 0.5}), finished,
+                   re.escape("ema_decay (was 0.9, now 0.5); optimizer.learning_rate (was 0.01, now 0.5)"))
+
+
+def test_a_damaged_configuration_file_is_refused(finished):
+    (finished / "config.json").write_text('{"seed": 3')
+    assert_refused(toy_run(), finished, "config.json: cannot be read")
+
+
+def test_a_corrupt_record_is_named_when_it_is_read(tmp_path):
+    write_random_latents(tmp_path, clips=4, sections=1, height=4, width=4, channels=2, text_rows=2, text_dim=3)
+    file = tmp_path / "random.array_record"
+    whole = bytearray(file.read_bytes())
+    whole[2000:2064] = bytes(64)
+    file.write_bytes(whole)
+    iterator = iter(bucketed_dataset(folder_buckets(tmp_path), 4, seed=0, threads=2))
+    with pytest.raises(UserError, match=r"data: (record \d of .* cannot be read|a latent record is damaged)") as caught:
+        for _ in range(4):
+            next(iterator)
+    assert "\n" not in str(caught.value)
