@@ -127,7 +127,8 @@ def make_step(run: RunConfig, objective: Objective, optimizer: optax.GradientTra
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = None if state.ema is None else ema_lib.update(state.ema, params, state.step, run.ema_decay)
+        average = None if state.ema is None else ema_lib.update(state.ema, params, state.step, run.ema_decay,
+                                                                run.ema_start_step)
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
