@@ -422,7 +422,8 @@ class HeliosTransformer:
         *,
         indices: FrameIndices | None = None,
         history_size: tuple[int, int] | None = None,
-    ) -> Array:
+        features: tuple[int, ...] = (),
+    ) -> Array | tuple[Array, Array]:
         """Velocity of the current frames.
 
         Args:
@@ -434,7 +435,8 @@ class HeliosTransformer:
           indices: frame indices; default: the window [anchor | long | mid | 1x | current] with history, 0...T-1
             without.
           history_size: (H', W') of the history latents; needed only where ``history`` is given as tokens.
-        Returns: [B, T, h, w, 16] in the model's dtype.
+          features: blocks, counted from 0, behind which the current tokens are returned, too.
+        Returns: [B, T, h, w, 16] in the model's dtype; with ``features`` also the tokens [F, B, T, h/2, w/2, C].
         """
         config = self.config
         params, lora = variables["params"], variables.get("lora") or {}
@@ -466,12 +468,15 @@ class HeliosTransformer:
         if config.zero_history_timestep and history_length:
             _, at_zero = self._run(self._conditions, "condition_embedder", params, lora, jnp.zeros(1),
                                    method=ConditionEmbedder.time)
-        x = self._blocks(params["blocks"], lora.get("blocks"), x, Segments(modulation, at_zero), text, cos, sin,
-                         history_length)
+        x, kept = self._blocks(params["blocks"], lora.get("blocks"), x, Segments(modulation, at_zero), text, cos, sin,
+                               history_length, features)
         head_params = {name: params[name] for name in _HEAD}
         head_lora = {name: lora[name] for name in _HEAD if name in lora}
         x = self._head.apply({"params": head_params, "lora": head_lora}, x[:, history_length:], embedding)
-        return unpatchify(x, frames, rows, columns)
+        velocity = unpatchify(x, frames, rows, columns)
+        if not features:
+            return velocity
+        return velocity, rearrange(kept, "f b (t y x) c -> f b t y x c", t=frames, y=rows, x=columns)
 
     def embed_history(self, variables: Mapping[str, Any], history: History) -> Array:
         """History latents -> tokens [B, S_history, C] in the order long, mid, short.
@@ -523,23 +528,32 @@ class HeliosTransformer:
         return TextContext(keys, values, text.bias)
 
     def _blocks(self, blocks: Params, lora: Params | None, x: Array, modulation: Segments,
-                text: TextContext | TextRows, cos: Array, sin: Array, history_length: int) -> Array:
-        """The only loop over layers."""
+                text: TextContext | TextRows, cos: Array, sin: Array, history_length: int,
+                features: tuple[int, ...]) -> tuple[Array, Array | None]:
+        """The only loop over layers. Returns all tokens, and the current ones behind the blocks ``features``."""
+        kept = slots = None
+        if features:  # every layer writes its tokens somewhere; those that nobody wants overwrite each other
+            slots = jnp.asarray([features.index(i) if i in features else len(features)
+                                 for i in range(self.config.num_layers)])
+            kept = jnp.zeros((len(features) + 1, *x[:, history_length:].shape), x.dtype)
 
-        def one_layer(x, layer):
-            params, adapter, keys_values = layer
+        def one_layer(carry, layer):
+            x, kept = carry
+            params, adapter, keys_values, slot = layer
             layer_text = text if keys_values is None else TextContext(*keys_values, text.bias)
             y = self._block.apply(self._layer_variables(params, adapter), x, modulation, layer_text, cos, sin,
                                   history_length)
-            return y, None
+            if features:
+                kept = jax.lax.dynamic_update_index_in_dim(kept, y[:, history_length:], slot, 0)
+            return (y, kept), None
 
         if self.remat is not None:
             policy = getattr(jax.checkpoint_policies, self.remat)
             one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
         keys_values = (text.keys, text.values) if isinstance(text, TextContext) else None
         unroll = self.unroll or self.config.num_layers
-        x, _ = jax.lax.scan(one_layer, x, (blocks, lora, keys_values), unroll=unroll)
-        return x
+        (x, kept), _ = jax.lax.scan(one_layer, (x, kept), (blocks, lora, keys_values, slots), unroll=unroll)
+        return x, kept[:-1] if features else None
 
     # -- pieces -------------------------------------------------------------------------------------------------
 

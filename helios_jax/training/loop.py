@@ -25,7 +25,7 @@ from helios_jax.errors import UserError
 from helios_jax.training.checkpoint import Checkpointer, guard_config
 from helios_jax.training.config import RunConfig
 from helios_jax.training.metrics import Writers, duration
-from helios_jax.training.program import Program, TrainState
+from helios_jax.training.program import Program, TrainState, metric_name
 
 PyTree = Any
 
@@ -186,22 +186,23 @@ def _loop(program: Program, state: TrainState, frozen: PyTree, start: int, itera
             print_line(f"compiled the step in {duration(time.perf_counter() - before)}")
             waited, interval_start = 0.0, time.perf_counter()
         state, metrics = compiled(state, frozen, batch)
+        pending.append(program.made_metrics(step, metrics))
         step += 1
-        pending.append(metrics)
         if len(pending) > 1:  # at most two steps in flight: a signal or a save never waits for a long queue
             jax.block_until_ready(pending[-2])
 
         if step % run.log_every == 0 or step == run.num_steps:
             values = jax.device_get(pending)
             seconds = (time.perf_counter() - interval_start) / len(values)
-            means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+            means = {name: float(np.mean([v[name] for v in values if name in v]))
+                     for name in dict.fromkeys(name for v in values for name in v)}
             rate = run.batch_size / seconds
             if writers is not None:
                 writers.scalars(step, {**means, "step_seconds": seconds, "samples_per_second": rate,
                                        "data_wait_fraction": waited / (seconds * len(values))})
             left = duration((run.num_steps - step) * seconds)
-            print_line(f"step {step}/{run.num_steps}  loss {means['loss']:.5f}  grad {means['grad_norm']:.3f}  "
-                       f"{seconds:.3f} s/step  {rate:.1f} samples/s  {left} left")
+            print_line(f"step {step}/{run.num_steps}  {_losses(program, means)}{seconds:.3f} s/step  "
+                       f"{rate:.1f} samples/s  {left} left")
             if int(state.skipped) >= MAX_SKIPPED_STEPS:
                 raise UserError(f"training diverged: the gradient was not finite for {int(state.skipped)} steps up to "
                                 f"step {step}; the checkpoint of step {checkpointer.latest_step()} is the last good one"
@@ -215,6 +216,16 @@ def _loop(program: Program, state: TrainState, frozen: PyTree, start: int, itera
             _evaluate(program, state.best_params(), step, writers)
             interval_start = time.perf_counter()  # neither sampling nor the steps before it belong to the step time
     return state, step
+
+
+def _losses(program: Program, means: dict[str, float]) -> str:
+    """Loss and gradient of every player that had a turn, for the progress line."""
+    text = ""
+    for player in program.optimizer.players:
+        loss, grad = metric_name(player, "loss"), metric_name(player, "grad_norm")
+        if loss in means:
+            text += f"{player.name} loss {means[loss]:.5f}  grad {means[grad]:.3f}  ".lstrip()
+    return text
 
 
 def _evaluate(program: Program, params: PyTree, step: int, writers: Writers | None) -> None:
