@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import grain
 import numpy as np
@@ -107,6 +109,8 @@ class LatentFolder:
       files: record files, in order.
     """
 
+    BUILDER: ClassVar[str] = "helios_jax.data.build_latents"
+
     root: Path
     num_records: int
     sections: int
@@ -129,8 +133,7 @@ class LatentFolder:
         root = Path(root)
         path = root / DATASET_FILE
         if not path.is_file():
-            raise UserError(f"data: {root} holds no dataset.json; build it with python -m "
-                            "helios_jax.data.build_latents")
+            raise UserError(f"data: {root} holds no dataset.json; build it with python -m {cls.BUILDER}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             folder = cls(root=root, **{f.name: values[f.name] for f in dataclasses.fields(cls)
@@ -197,30 +200,49 @@ def training_item(record: LatentRecord, rng: np.random.Generator, layout: Histor
             "section": np.int32(section), "text": rows, "text_length": np.int32(length)}
 
 
+# Makes a training item of one serialised record.
+MakeItem = Callable[[bytes, np.random.Generator], dict[str, np.ndarray]]
+
+
+def latent_items(folder: LatentFolder, layout: HistoryLayout) -> MakeItem:
+    """:func:`training_item` of the folder's records.
+
+    Raises:
+      UserError: the chunk of ``layout`` differs from the stored sections.
+    """
+    if folder.frames != layout.chunk:
+        raise UserError(f"data: sections of {folder.root} have {folder.frames} latent frames, the model's chunk "
+                        f"{layout.chunk}")
+    return lambda serialised, rng: training_item(decode_record(serialised), rng, layout, folder.text_rows)
+
+
+def record_dataset(folder: LatentFolder, item: MakeItem, batch_size: int, seed: int, threads: int
+                   ) -> grain.IterDataset:
+    """Shuffled items from a folder of records; every epoch is in another order.
+
+    Args:
+      folder: opened.
+      item: called once per record and epoch, with random numbers of their own.
+      batch_size: items per batch; a batch may span two epochs.
+      seed: of the order and of the items' numbers.
+      threads: that read and decode ahead.
+    """
+    items = grain.MapDataset.source(folder.source()).seed(seed).shuffle().repeat().random_map(item)
+    return batches(items, batch_size, threads)
+
+
 def latent_dataset(root: str | Path, batch_size: int, seed: int, layout: HistoryLayout | None = None,
                    threads: int = 1) -> grain.IterDataset:
-    """Shuffled training items from a folder of latent records; every epoch is in another order.
+    """:func:`record_dataset` of a folder of latent records.
 
     Args:
       root: written by :mod:`helios_jax.data.build_latents`.
-      batch_size: items per batch; a batch may span two epochs.
-      seed: of order, sections, posterior samples and phrasings.
       layout: sizes of history and chunk; the default is (16, 2, 1) and 9.
-      threads: that read and decode ahead.
 
     Yields: the arrays of :func:`training_item`, stacked.
 
     Raises:
       UserError: see :class:`LatentFolder`; also if the chunk of ``layout`` differs from the stored sections.
     """
-    layout = layout or HistoryLayout()
     folder = LatentFolder.open(root)
-    if folder.frames != layout.chunk:
-        raise UserError(f"data: sections of {root} have {folder.frames} latent frames, the model's chunk "
-                        f"{layout.chunk}")
-
-    def item(serialised: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return training_item(decode_record(serialised), rng, layout, folder.text_rows)
-
-    items = grain.MapDataset.source(folder.source()).seed(seed).shuffle().repeat().random_map(item)
-    return batches(items, batch_size, threads)
+    return record_dataset(folder, latent_items(folder, layout or HistoryLayout()), batch_size, seed, threads)

@@ -65,12 +65,29 @@ class SamplingPlan:
         return self.guidance_scale > 1
 
 
+class ChunkSteps(NamedTuple):
+    """The steps of one chunk: a schedule per stage and, where a run is observed, the indices of the steps whose input
+    is kept, [k] per stage."""
+
+    schedules: tuple[Schedule, ...]
+    observed: tuple[np.ndarray, ...] | None = None
+
+
 class StageTables(NamedTuple):
     """The steps of one stage as data: padded to the run's largest step count, with the count beside them."""
 
     coefficients: solvers.Coefficients
     timesteps: np.ndarray  # [n_max] float32, what the transformer is given
     count: np.ndarray  # [] int32, steps to run
+    observed: np.ndarray  # [k_max] int32, steps whose input is kept; -1 for none
+
+
+class StageResult(NamedTuple):
+    """What a stage made: its last sample [B, T, h_i, w_i, C], and the inputs of the observed steps
+    [k_max, B, T, h_i, w_i, C] (zeros where fewer were asked for); float32."""
+
+    sample: Array
+    observed: Array
 
 
 class ChunkSampler:
@@ -82,15 +99,17 @@ class ChunkSampler:
       plan: the run.
       height, width: pixel size; multiples of 16 * 2**(stages - 1).
       latent_channels: of the VAE.
+      own_steps: of the first chunk and of all others, in place of the plan's.
     """
 
     def __init__(self, model: HeliosTransformer, scheduler: SchedulerConfig, plan: SamplingPlan, height: int,
-                 width: int, latent_channels: int = 16):
+                 width: int, latent_channels: int = 16, own_steps: tuple[ChunkSteps, ChunkSteps] | None = None):
         self.model, self.scheduler, self.plan = model, scheduler, plan
         self.size = (height // 8, width // 8)
         self.channels = latent_channels
         self.stages = len(plan.steps)
-        self._tables = {amplify: self._stage_tables(amplify) for amplify in {False, plan.amplify_first_chunk}}
+        steps = own_steps or (ChunkSteps(self.schedules(plan.amplify_first_chunk)), ChunkSteps(self.schedules()))
+        self._first_tables, self._tables = _stage_tables(scheduler, steps)
         self._noise_shape = jax.jit(lambda x: pyramid.noise_pyramid(x, self.stages)[0])
         # Later stages enlarge their input, whose memory is then of no use to them.
         self._stage_programs = [jax.jit(functools.partial(self._stage, stage), donate_argnums=() if stage else 1)
@@ -103,17 +122,6 @@ class ChunkSampler:
             tokens = latent_tokens(frames, h, w)
             return (make_schedule(self.scheduler, self.plan.steps[0], tokens=tokens, amplify=amplify),)
         return pyramid_schedules(self.scheduler, self.plan.steps, frames=frames, height=h, width=w, amplify=amplify)
-
-    def _stage_tables(self, amplify: bool) -> list[StageTables]:
-        tables = []
-        for schedule, steps in zip(self.schedules(amplify), self.plan.steps, strict=True):
-            largest = steps * (2 if self.plan.amplify_first_chunk else 1)
-            pad = largest - schedule.num_steps
-            coefficients = jax.tree.map(lambda c, pad=pad: np.pad(c, [(0, pad)] + [(0, 0)] * (c.ndim - 1)),
-                                        solvers.solver_coefficients(self.scheduler, schedule))
-            timesteps = np.pad(schedule.model_timesteps, (0, pad)).astype(np.float32)
-            tables.append(StageTables(coefficients, timesteps, np.int32(schedule.num_steps)))
-        return tables
 
     def draw(self, source: NoiseSource, chunk: int, batch: int) -> list[Array]:
         """All noise of one chunk, in the order in which the original draws it.
@@ -132,7 +140,12 @@ class ChunkSampler:
 
     def denoise(self, variables: Mapping[str, Any], drawn: Sequence[Array], chunk: int, text: TextContext,
                 history: Array, anchor: Array) -> Array:
-        """One chunk of clean latents.
+        """One chunk of clean latents, [B, 9, h, w, C] float32; arguments as :meth:`trajectory`."""
+        return self.trajectory(variables, drawn, chunk, text, history, anchor)[-1].sample
+
+    def trajectory(self, variables: Mapping[str, Any], drawn: Sequence[Array], chunk: int, text: TextContext,
+                   history: Array, anchor: Array) -> list[StageResult]:
+        """One chunk, with what every stage made of it; the last stage's sample is the clean latents.
 
         Args:
           variables: of the transformer, ``{"params": ..., "lora": ...}``.
@@ -140,22 +153,23 @@ class ChunkSampler:
           chunk: its index in the video.
           text: context of the B prompts, followed by the B negative prompts where guidance is on ([2B]).
           history: [B, 19, h, w, C] float32; anchor: [B, 1, h, w, C].
-        Returns: [B, 9, h, w, C] float32.
         """
         x, *blocks = drawn
-        tables = self._tables[self.plan.amplify_first_chunk and chunk == 0]
+        tables = self._tables if chunk else self._first_tables
         if self.stages > 1:
             x = self._noise_shape(x)  # full-resolution noise -> the lowest level's
-        for stage, (program, block) in enumerate(zip(self._stage_programs, [None, *blocks], strict=True)):
-            x = program(variables, x, block, text, history, anchor, tables[stage])
-        return x
+        results = []
+        for program, block, stage_tables in zip(self._stage_programs, [None, *blocks], tables, strict=True):
+            results.append(program(variables, x, block, text, history, anchor, stage_tables))
+            x = results[-1].sample
+        return results
 
     def compiled_programs(self) -> int:
         """How many programs have been compiled so far."""
         return self._noise_shape._cache_size() + sum(program._cache_size() for program in self._stage_programs)
 
     def _stage(self, stage: int, variables: Mapping[str, Any], x: Array, block: Array | None, text: TextContext,
-               history: Array, anchor: Array, tables: StageTables) -> Array:
+               history: Array, anchor: Array, tables: StageTables) -> StageResult:
         """All steps of one stage; compiled once per stage."""
         plan = self.plan
         if stage:
@@ -186,8 +200,33 @@ class ChunkSampler:
                 state = solvers.step(solvers.row(tables.coefficients, first), state, jnp.zeros_like(state.sample))
                 first += 1
 
-        def body(i: Array, state: solvers.SolverState) -> solvers.SolverState:
+        def body(i: Array, carry: tuple[solvers.SolverState, Array]) -> tuple[solvers.SolverState, Array]:
+            state, observed = carry
+            here = (tables.observed == i).reshape(-1, *[1] * state.sample.ndim)  # [k, 1, ...]
+            observed = jnp.where(here, state.sample, observed)
             v = velocity(state.sample, tables.timesteps[i])
-            return solvers.step(solvers.row(tables.coefficients, i), state, v)
+            return solvers.step(solvers.row(tables.coefficients, i), state, v), observed
 
-        return jax.lax.fori_loop(first, tables.count, body, state).sample
+        nothing = jnp.zeros((len(tables.observed), *state.sample.shape), jnp.float32)
+        state, observed = jax.lax.fori_loop(first, tables.count, body, (state, nothing))
+        return StageResult(state.sample, observed)
+
+
+def _stage_tables(scheduler: SchedulerConfig, chunks: Sequence[ChunkSteps]) -> list[list[StageTables]]:
+    """The tables of every stage, for each of several kinds of chunks that share the programs and so the shapes."""
+    stages = range(len(chunks[0].schedules))
+    largest = [max(chunk.schedules[stage].num_steps for chunk in chunks) for stage in stages]
+    observed = [[np.asarray(chunk.observed[stage] if chunk.observed else (), np.int32) for stage in stages]
+                for chunk in chunks]
+    most = [max(len(kept[stage]) for kept in observed) for stage in stages]
+
+    def tables(schedule: Schedule, kept: np.ndarray, stage: int) -> StageTables:
+        pad = largest[stage] - schedule.num_steps
+        coefficients = jax.tree.map(lambda c: np.pad(c, [(0, pad)] + [(0, 0)] * (c.ndim - 1)),
+                                    solvers.solver_coefficients(scheduler, schedule))
+        timesteps = np.pad(schedule.model_timesteps, (0, pad)).astype(np.float32)
+        return StageTables(coefficients, timesteps, np.int32(schedule.num_steps),
+                           np.pad(kept, (0, most[stage] - len(kept)), constant_values=-1))
+
+    return [[tables(chunk.schedules[stage], kept[stage], stage) for stage in stages]
+            for chunk, kept in zip(chunks, observed, strict=True)]

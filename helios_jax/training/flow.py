@@ -29,7 +29,7 @@ from helios_jax.config import ModelIndex, SchedulerConfig, TransformerConfig
 from helios_jax.convert.folder import read_component_config
 from helios_jax.convert.load import load_component
 from helios_jax.convert.rules import abstract_params
-from helios_jax.data.pipeline import LatentFolder, latent_dataset
+from helios_jax.data.pipeline import LatentFolder, MakeItem, latent_items, record_dataset
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.models.transformer import HeliosTransformer
 from helios_jax.training.config import RunConfig, require
@@ -88,11 +88,11 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowConfig:
-    """Settings that both stages have.
+class ModelConfig:
+    """Settings of every objective that trains the transformer.
 
     Attributes:
-      data: folder of latent records, see :mod:`helios_jax.data.build_latents`.
+      data: folder of records.
       model: model folder with the VAE, the text encoder and the tokenizer that made the records; needed for samples
         and for the exported model; empty for neither.
       transformer: its sizes.
@@ -101,9 +101,6 @@ class FlowConfig:
       dtype: 'float32' or 'bfloat16', of the computation; trained parameters are float32.
       unroll: layers per iteration of the scan over layers, 0 for all.
       remat: name of a ``jax.checkpoint_policies`` entry, or None.
-      task_mix, corruption: see there.
-      timesteps: 'logit_normal', or 'uniform' (the original's weighting_scheme 'none').
-      caption_dropout: probability of the empty prompt.
       threads: of the input pipeline.
       sample: videos during training.
       validation: the loss on fixed examples, measured whenever samples are made.
@@ -120,10 +117,6 @@ class FlowConfig:
     dtype: str = "float32"
     unroll: int = 1
     remat: str | None = None
-    task_mix: TaskMix = TaskMix()
-    corruption: CorruptionConfig = CorruptionConfig()
-    timesteps: str = "logit_normal"
-    caption_dropout: float = 0.1
     threads: int = 1
     sample: SampleConfig = SampleConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -133,9 +126,6 @@ class FlowConfig:
         require(self.dtype in ("float32", "bfloat16"), f"objective.dtype: 'float32' or 'bfloat16', got {self.dtype!r}")
         require(self.export_dtype in ("float32", "float16", "bfloat16"),
                 f"objective.export_dtype: 'float32', 'float16' or 'bfloat16', got {self.export_dtype!r}")
-        require(self.timesteps in ("logit_normal", "uniform"),
-                f"objective.timesteps: 'logit_normal' or 'uniform', got {self.timesteps!r}")
-        require(0 <= self.caption_dropout <= 1, f"objective.caption_dropout: in [0, 1], got {self.caption_dropout}")
         require(self.unroll >= 0, f"objective.unroll: 0 or more, got {self.unroll}")
         require(self.threads > 0, f"objective.threads: must be positive, got {self.threads}")
         require(self.remat is None or hasattr(jax.checkpoint_policies, self.remat),
@@ -149,6 +139,28 @@ class FlowConfig:
     def entries(self) -> tuple[int, ...]:
         """The pyramid level of every noisy version of a sample; stage 1 has one version, at full resolution."""
         return (0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig(ModelConfig):
+    """Settings that both stages have; ``data`` is written by :mod:`helios_jax.data.build_latents`.
+
+    Attributes:
+      task_mix, corruption: see there.
+      timesteps: 'logit_normal', or 'uniform' (the original's weighting_scheme 'none').
+      caption_dropout: probability of the empty prompt.
+    """
+
+    task_mix: TaskMix = TaskMix()
+    corruption: CorruptionConfig = CorruptionConfig()
+    timesteps: str = "logit_normal"
+    caption_dropout: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.timesteps in ("logit_normal", "uniform"),
+                f"objective.timesteps: 'logit_normal' or 'uniform', got {self.timesteps!r}")
+        require(0 <= self.caption_dropout <= 1, f"objective.caption_dropout: in [0, 1], got {self.caption_dropout}")
 
 
 # --- One sample ------------------------------------------------------------------------------------------------------
@@ -277,11 +289,11 @@ def summarise(errors: Errors, levels: Sequence[int]) -> tuple[jax.Array, dict[st
     return loss, metrics
 
 
-def make_loss(config: FlowConfig, errors: ErrorFunction):
+def make_loss(config: ModelConfig, errors: ErrorFunction):
     """The loss function of an objective, see :class:`helios_jax.training.objective.Objective`."""
 
     def loss(params: PyTree, frozen: PyTree, batch: dict[str, jax.Array], key: jax.Array):
-        keys = sample_keys(key, batch["target"].shape[0])
+        keys = sample_keys(key, batch["text"].shape[0])
         return summarise(errors(params, frozen, batch, keys), config.entries)
 
     return loss
@@ -290,21 +302,42 @@ def make_loss(config: FlowConfig, errors: ErrorFunction):
 # --- The objective ---------------------------------------------------------------------------------------------------
 
 
+class Data(NamedTuple):
+    """What an objective trains on: a folder of records, how an item is made of one, and arrays for the loss."""
+
+    folder: LatentFolder
+    item: MakeItem
+    frozen: PyTree
+
+
+def latent_data(config: FlowConfig, layout: HistoryLayout) -> Data:
+    """Records of encoded clips, and the empty prompt for captions that are dropped.
+
+    Raises:
+      UserError: the folder is missing or damaged, or has sections of another length.
+    """
+    folder = LatentFolder.open(config.data)
+    rows, length = folder.empty_prompt()
+    return Data(folder, latent_items(folder, layout), {"empty": {"text": rows, "text_length": np.int32(length)}})
+
+
 def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTransformer, TrainedWeights], ErrorFunction],
-          index: ModelIndex, scheduler: SchedulerConfig) -> Objective:
+          index: ModelIndex, scheduler: SchedulerConfig,
+          make_data: Callable[[Any, HistoryLayout], Data] = latent_data) -> Objective:
     """The objective of a run.
 
     Args:
-      run: with a :class:`FlowConfig` as its objective.
+      run: with a :class:`ModelConfig` as its objective.
       make_errors: of the stage.
       index, scheduler: of the model in training, for samples and for the export; the index' native size is set here.
+      make_data: opens the data; called with the configuration and the layout.
 
     Raises:
       UserError: the data or a model folder is missing or does not fit the transformer.
     """
-    config: FlowConfig = run.objective
+    config: ModelConfig = run.objective
     layout = HistoryLayout()
-    folder = LatentFolder.open(config.data)
+    folder, item, frozen = make_data(config, layout)
     require(folder.text_dim == config.transformer.text_dim,
             f"objective.transformer.text_dim: {config.data} holds embeddings of width {folder.text_dim}, got "
             f"{config.transformer.text_dim}")
@@ -314,15 +347,13 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
     model = HeliosTransformer(config.transformer, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
                               remat=config.remat)
     weights = trained_weights(config.lora, model)
-    rows, length = folder.empty_prompt()
     base, load_params = _start_values(run, weights)
 
     errors = make_errors(config, layout, model, weights)
-    frozen = {"empty": {"text": rows, "text_length": np.int32(length)}}
     loaded_base = (lambda: None) if base is None else base.load
     measures: list[Callable[[PyTree], dict[str, float]]] = []
     if config.validation.items:
-        validation_loss = ValidationLoss(config.validation, folder, layout, errors, config.entries, frozen)
+        validation_loss = ValidationLoss(config.validation, folder, item, errors, config.entries, frozen)
         measures.append(lambda params: validation_loss(params, loaded_base()))
 
     sample = export = None
@@ -351,7 +382,7 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
 
     return Objective(
         init_params=weights.init, load_params=load_params, loss=make_loss(config, errors), per_sample_keys=True,
-        dataset=latent_dataset(config.data, run.batch_size, run.seed, layout, config.threads),
+        dataset=record_dataset(folder, item, run.batch_size, run.seed, config.threads),
         frozen=frozen, base=base, sample=sample, fps=folder.fps, evaluate=evaluate if measures else None,
         export=export)
 
@@ -359,7 +390,7 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
 def _start_values(run: RunConfig, weights: TrainedWeights
                   ) -> tuple[BaseParams | None, Callable[[PyTree], PyTree] | None]:
     """The base of a LoRA run, and the start values of the trained parameters; None where there are none."""
-    config: FlowConfig = run.objective
+    config: ModelConfig = run.objective
     if not config.init_from:
         return None, None
     folder = Path(config.init_from) / "transformer"

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from helios_jax.data.pipeline import LatentFolder, training_item
-from helios_jax.data.records import decode_record
-from helios_jax.diffusion.history import HistoryLayout
+from helios_jax.data.pipeline import LatentFolder, MakeItem
 from helios_jax.training.config import require
 
 if TYPE_CHECKING:
@@ -54,7 +52,7 @@ class ValidationLoss:
     Args:
       config: which ones.
       training: the folder of the training data.
-      layout: of the history.
+      item: makes a training item of a record.
       errors: of the objective.
       levels: pyramid level of every entry.
       frozen: what the errors are given besides the base.
@@ -63,9 +61,9 @@ class ValidationLoss:
       UserError: the validation data are missing or of another shape than the training data.
     """
 
-    def __init__(self, config: ValidationConfig, training: LatentFolder, layout: HistoryLayout, errors: ErrorFunction,
+    def __init__(self, config: ValidationConfig, training: LatentFolder, item: MakeItem, errors: ErrorFunction,
                  levels: tuple[int, ...], frozen: PyTree):
-        folder = LatentFolder.open(config.data) if config.data else training
+        folder = type(training).open(config.data) if config.data else training
         for field in ("frames", "height", "width", "channels", "text_dim"):
             require(getattr(folder, field) == getattr(training, field),
                     f"objective.validation.data: {config.data} has {field}={getattr(folder, field)}, the training data "
@@ -73,14 +71,12 @@ class ValidationLoss:
         require(folder.text_rows <= training.text_rows,
                 f"objective.validation.data: {config.data} has captions of {folder.text_rows} rows, the training data "
                 f"have {training.text_rows} at most")
-        self._config, self._layout, self._levels, self._frozen = config, layout, levels, frozen
-        self._source, self._text_rows = folder.source(), training.text_rows
+        self._config, self._item, self._levels, self._frozen = config, item, levels, frozen
+        self._source = folder.source()
         self._errors = jax.jit(errors)
 
-    def _item(self, index: int) -> dict[str, np.ndarray]:
-        record = decode_record(self._source[index % len(self._source)])
-        rng = np.random.default_rng([self._config.seed, index])
-        return training_item(record, rng, self._layout, self._text_rows)
+    def _example(self, index: int) -> dict[str, np.ndarray]:
+        return self._item(self._source[index % len(self._source)], np.random.default_rng([self._config.seed, index]))
 
     def __call__(self, params: PyTree, base: PyTree = None) -> dict[str, float]:
         """The loss and its parts as training names them, over all items; independent of the batch size."""
@@ -89,7 +85,7 @@ class ValidationLoss:
         frozen = self._frozen if base is None else {**self._frozen, "base": base}
         key, size, parts = jax.random.key(self._config.seed), self._config.batch_size, []
         for first in range(0, self._config.items, size):
-            items = [self._item(index) for index in range(first, first + size)]
+            items = [self._example(index) for index in range(first, first + size)]
             batch = {name: np.stack([item[name] for item in items]) for name in items[0]}
             keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + size))
             parts.append(jax.device_get(self._errors(params, frozen, batch, keys)))
