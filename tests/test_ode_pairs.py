@@ -11,6 +11,7 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from helios_jax.data.ode_records import OdeFolder, OdeRecord, decode_ode_record, encode_ode_record, ode_item, ode_items
+from helios_jax.data.random_latents import write_random_latents
 from helios_jax.diffusion import pyramid, solvers
 from helios_jax.diffusion.few_step import level_grid, trajectory_schedule
 from helios_jax.diffusion.history import HistoryLayout
@@ -168,7 +169,9 @@ def test_steps_are_whole_numbers_where_the_student_is_sampled_so(pairs):
         ode_items(folder, LAYOUT, 3)
 
 
-def test_prompts_are_the_lines_of_a_file(tmp_path):
+def test_prompts_are_the_lines_of_a_file_or_the_captions_of_records(tmp_path):
+    write_random_latents(tmp_path / "latents", clips=3, sections=1, height=2, width=2, text_rows=2, text_dim=4)
+    assert read_prompts(tmp_path / "latents") == ["clip 0", "clip 1", "clip 2"]
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n two \n")
     assert read_prompts(file) == ["one", "two"]

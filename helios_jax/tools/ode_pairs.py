@@ -163,7 +163,8 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if path.is_dir():
-        return [decode_record(serialised).captions[0] for serialised in LatentFolder.open(path).source()]
+        source = LatentFolder.open(path).source()
+        return [decode_record(source[i]).captions[0] for i in range(len(source))]
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
