@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from helios_jax.data import shapes
-from helios_jax.data.records import LatentRecord, decode_record
+from helios_jax.data.records import LatentRecord, decode_record, padded_rows
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
 from helios_jax.sharding import local_rows
@@ -136,10 +136,11 @@ class LatentFolder:
             raise UserError(f"data: {root} holds no dataset.json; build it with python -m {cls.BUILDER}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            folder = cls(root=root, **{f.name: values[f.name] for f in dataclasses.fields(cls)
-                                       if f.name not in ("root", "files")}, files=tuple(values["files"]))
+            named = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name != "root"}
+            folder = cls(root=root, **{k: tuple(v) if isinstance(v, list) else v for k, v in named.items()})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"data: {path} is damaged ({type(error).__name__}: {error})") from None
+            raise UserError(f"data: {path} is damaged or describes other data ({type(error).__name__}: "
+                            f"{error})") from None
         missing = [name for name in folder.files if not (root / name).is_file()]
         if missing:
             raise UserError(f"data: {root} lacks {len(missing)} of {len(folder.files)} record files, first "
@@ -172,9 +173,7 @@ class LatentFolder:
             text = safetensors.numpy.load(path.read_bytes())["text"]
         except Exception as error:  # the reader is a Rust extension with exceptions of its own
             raise UserError(f"data: {path} cannot be read ({type(error).__name__}: {error})") from None
-        padded = np.zeros((self.text_rows, self.text_dim), np.float32)
-        padded[: len(text)] = text
-        return padded, len(text)
+        return padded_rows(text, self.text_rows), len(text)
 
 
 def training_item(record: LatentRecord, rng: np.random.Generator, layout: HistoryLayout, text_rows: int
