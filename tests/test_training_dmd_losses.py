@@ -43,7 +43,7 @@ def test_the_beta_distribution_decays_to_the_uniform_one():
     (0.001 + 0.999 * np.random.default_rng(2).random(200_000), 607, (93, 658, 973)),
 ])
 def test_timesteps_have_the_specified_distribution(numbers, mean, quantiles):
-    timesteps = np.asarray(dmd.score_timestep(RenoiseConfig(), SCHEDULER, jnp.asarray(numbers, jnp.float32), **SIZE))
+    timesteps = np.asarray(dmd.score_timestep(RenoiseConfig(), MU, jnp.asarray(numbers, jnp.float32)))
     reference = np.clip(1000 * MU * numbers / (1 + (MU - 1) * numbers), 20, 980)
     np.testing.assert_allclose(timesteps, np.rint(reference), atol=1)
     np.testing.assert_array_equal(timesteps, np.rint(timesteps))
@@ -52,7 +52,10 @@ def test_timesteps_have_the_specified_distribution(numbers, mean, quantiles):
 
 
 def test_the_scores_table_is_the_shifted_line():
-    table = dmd.score_table(SCHEDULER, **SIZE)
+    mu = dmd.score_shift(RenoiseConfig(), SCHEDULER, **SIZE)
+    np.testing.assert_allclose(mu, MU, atol=5e-8)
+    assert dmd.score_shift(RenoiseConfig(shift=3.0), SCHEDULER, **SIZE) == 3.0
+    table = dmd.score_table(mu)
     u = np.linspace(1, 0.001, 1000)
     np.testing.assert_allclose(table.sigmas[:-1], MU * u / (1 + (MU - 1) * u), atol=1e-7)
     sigma = np.asarray(few_step.sigma_at(table, jnp.array([20.0, 500.0, 980.0])))

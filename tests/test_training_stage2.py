@@ -240,6 +240,6 @@ def test_wrong_settings_are_named(change, message):
 
 
 def test_sizes_that_cannot_be_halved_are_refused():
-    stage2.check_size(config_of(), 8, 16)  # 64x128: levels of 2x4, 4x8 and 8x16 latents
+    stage2.check_size(3, 8, 16)  # 64x128: levels of 2x4, 4x8 and 8x16 latents
     with pytest.raises(UserError, match="latents of 4x8 cannot have 3 levels.*multiples of 8, which is 64 pixels"):
-        stage2.check_size(config_of(), 4, 8)
+        stage2.check_size(3, 4, 8)

@@ -108,7 +108,7 @@ def stand_in_data(values: Mapping[str, Any], size: tuple[int, int]) -> Iterator[
     """
     values = {**values, "sample_every": 0, "objective": dict(values["objective"])}
     objective, notes = values["objective"], []
-    for field in ("model", "sample", "validation"):
+    for field in ("model", "sample", "validation", "negative_prompt"):
         objective.pop(field, None)
     with tempfile.TemporaryDirectory() as folder:
         if "data" in objective and not (Path(objective["data"]) / DATASET_FILE).is_file():

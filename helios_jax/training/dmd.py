@@ -35,6 +35,8 @@ class RenoiseConfig:
       alpha, beta: of the Beta distribution at step 0, towards strong noise.
       decay_steps: after so many steps it is uniform.
       lowest, highest: limits of the timestep.
+      shift: mu; 0 takes the one that follows from the resolution, as the original's runs do. Small videos have less
+        than 1, which is little noise.
     """
 
     alpha: float = 4.0
@@ -42,6 +44,7 @@ class RenoiseConfig:
     decay_steps: int = 500
     lowest: int = 20
     highest: int = 980
+    shift: float = 0.0
 
     def __post_init__(self):
         require(self.alpha >= 1 and self.beta >= 1,
@@ -49,6 +52,7 @@ class RenoiseConfig:
         require(self.decay_steps > 0, f"objective.renoise.decay_steps: must be positive, got {self.decay_steps}")
         require(0 < self.lowest < self.highest < TRAIN_TIMESTEPS,
                 f"objective.renoise.lowest, highest: 0 < lowest < highest < 1000, got {self.lowest}, {self.highest}")
+        require(self.shift >= 0, f"objective.renoise.shift: 0 or more, got {self.shift}")
 
 
 def beta_parameters(config: RenoiseConfig, step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -57,17 +61,19 @@ def beta_parameters(config: RenoiseConfig, step: jax.Array) -> tuple[jax.Array, 
     return 1 + (config.alpha - 1) * share, 1 + (config.beta - 1) * share
 
 
-def score_table(scheduler: SchedulerConfig, *, frames: int, height: int, width: int) -> Schedule:
-    """The noise levels of the scores: u = 1 ... 0.001, shifted for full resolution; timesteps are 1000 sigma."""
-    mu = dynamic_shift_mu(scheduler, latent_tokens(frames, height, width))
+def score_shift(config: RenoiseConfig, scheduler: SchedulerConfig, *, frames: int, height: int, width: int) -> float:
+    """mu for chunks of this full-resolution size."""
+    return config.shift or dynamic_shift_mu(scheduler, latent_tokens(frames, height, width))
+
+
+def score_table(mu: float) -> Schedule:
+    """The noise levels of the scores: u = 1 ... 0.001, shifted; timesteps are 1000 sigma."""
     sigmas = time_shift(mu, np.linspace(1, 1 / TRAIN_TIMESTEPS, TRAIN_TIMESTEPS), "linear")
     return Schedule(np.append(sigmas, 0.0), TRAIN_TIMESTEPS * sigmas, TRAIN_TIMESTEPS * sigmas)
 
 
-def score_timestep(config: RenoiseConfig, scheduler: SchedulerConfig, numbers: jax.Array, *, frames: int, height: int,
-                   width: int) -> jax.Array:
+def score_timestep(config: RenoiseConfig, mu: float, numbers: jax.Array) -> jax.Array:
     """Whole timesteps of numbers in (0, 1), float32 of the same shape."""
-    mu = dynamic_shift_mu(scheduler, latent_tokens(frames, height, width))
     shifted = TRAIN_TIMESTEPS * mu * numbers / (1 + (mu - 1) * numbers)
     return jnp.round(jnp.clip(shifted, config.lowest, config.highest))
 

@@ -31,7 +31,7 @@ from helios_jax.convert.load import load_component
 from helios_jax.convert.rules import abstract_params
 from helios_jax.data.pipeline import LatentFolder, MakeItem, latent_items, record_dataset
 from helios_jax.diffusion.history import HistoryLayout
-from helios_jax.models.transformer import HeliosTransformer
+from helios_jax.models.transformer import HeliosTransformer, TextRows
 from helios_jax.training.config import RunConfig, require
 from helios_jax.training.corruption import CorruptionConfig, CorruptionRandomness, corrupt
 from helios_jax.training.objective import BaseParams, Objective, sample_keys
@@ -247,6 +247,37 @@ def timestep_index(number: jax.Array, sampling: str) -> jax.Array:
 # --- A batch ---------------------------------------------------------------------------------------------------------
 
 
+class Conditions(NamedTuple):
+    """What a network needs besides noisy latents and their timestep, made once for all its calls on a batch.
+
+    variables: its parameters; history: tokens [B, S_history, C]; text: projected prompt rows.
+    """
+
+    variables: PyTree
+    history: jax.Array
+    text: TextRows
+
+
+def make_conditions(model: HeliosTransformer, variables: PyTree, layout: HistoryLayout, context: Context) -> Conditions:
+    """Of the contexts of a batch, [B, ...]."""
+    tiers = layout.split(context.frames[:, 1:], context.frames[:, :1])
+    history = model.embed_history(variables, jax.tree.map(lambda tier: tier.astype(model.dtype), tiers))
+    return Conditions(variables, history, model.text_rows(variables, context.text, context.text_length))
+
+
+def conditions_repeated(conditions: Conditions, repeats: int) -> Conditions:
+    """For so many noisy versions of every sample, [B r, ...], the versions of a sample side by side."""
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), (conditions.history, conditions.text))
+    return Conditions(conditions.variables, *repeated)
+
+
+def velocity(model: HeliosTransformer, layout: HistoryLayout, history_size: tuple[int, int], conditions: Conditions,
+             noisy: jax.Array, timestep: jax.Array, features: tuple[int, ...] = ()) -> Any:
+    """What the model says of noisy latents [B, 9, h_i, w_i, C] at timesteps [B]: velocity, or it and features."""
+    return model.apply(conditions.variables, noisy.astype(model.dtype), timestep, conditions.text, conditions.history,
+                       history_size=history_size, indices=layout.indices(), features=features)
+
+
 class Errors(NamedTuple):
     """Mean squared errors of a batch, and what is needed to split them.
 
@@ -321,14 +352,21 @@ def latent_data(config: FlowConfig, layout: HistoryLayout) -> Data:
     return Data(folder, latent_items(folder, layout), {"empty": {"text": rows, "text_length": np.int32(length)}})
 
 
-def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTransformer, TrainedWeights], ErrorFunction],
+def transformer(config: ModelConfig) -> HeliosTransformer:
+    """The network that a configuration trains."""
+    return HeliosTransformer(config.transformer, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
+                             remat=config.remat)
+
+
+def build(run: RunConfig,
+          make_errors: Callable[[Any, HistoryLayout, HeliosTransformer, TrainedWeights], ErrorFunction] | None,
           index: ModelIndex, scheduler: SchedulerConfig,
           make_data: Callable[[Any, HistoryLayout], Data] = latent_data) -> Objective:
     """The objective of a run.
 
     Args:
       run: with a :class:`ModelConfig` as its objective.
-      make_errors: of the stage.
+      make_errors: of the stage; None leaves the loss to the caller, and there is no validation loss.
       index, scheduler: of the model in training, for samples and for the export; the index' native size is set here.
       make_data: opens the data; called with the configuration and the layout.
 
@@ -344,15 +382,17 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
     require(folder.channels == config.transformer.in_channels == config.transformer.out_channels,
             f"objective.transformer.in_channels, out_channels: {config.data} holds latents of {folder.channels} "
             f"channels, got {config.transformer.in_channels}, {config.transformer.out_channels}")
-    model = HeliosTransformer(config.transformer, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
-                              remat=config.remat)
+    model = transformer(config)
     weights = trained_weights(config.lora, model)
-    base, load_params = _start_values(run, weights)
+    base, load_params = start_values(config.init_from, "objective.init_from", config.lora, weights, config.transformer,
+                                     run.seed)
 
-    errors = make_errors(config, layout, model, weights)
+    errors = make_errors and make_errors(config, layout, model, weights)
     loaded_base = (lambda: None) if base is None else base.load
     measures: list[Callable[[PyTree], dict[str, float]]] = []
     if config.validation.items:
+        require(errors is not None, "objective.validation.items: this objective has no loss to measure, so 0 is "
+                f"allowed, got {config.validation.items}")
         validation_loss = ValidationLoss(config.validation, folder, item, errors, config.entries, frozen)
         measures.append(lambda params: validation_loss(params, loaded_base()))
 
@@ -381,39 +421,53 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
         return {name: value for measure in measures for name, value in measure(params).items()}
 
     return Objective(
-        init_params=weights.init, load_params=load_params, loss=make_loss(config, errors), per_sample_keys=True,
+        init_params=weights.init, load_params=load_params, loss=errors and make_loss(config, errors),
+        per_sample_keys=True,
         dataset=record_dataset(folder, item, run.batch_size, run.seed, config.threads),
         frozen=frozen, base=base, sample=sample, fps=folder.fps, evaluate=evaluate if measures else None,
         export=export)
 
 
-def _start_values(run: RunConfig, weights: TrainedWeights
-                  ) -> tuple[BaseParams | None, Callable[[PyTree], PyTree] | None]:
-    """The base of a LoRA run, and the start values of the trained parameters; None where there are none."""
-    config: ModelConfig = run.objective
-    if not config.init_from:
+def start_values(init_from: str, field: str, lora: LoraConfig, weights: TrainedWeights, sizes: TransformerConfig,
+                 seed: int) -> tuple[BaseParams | None, Callable[[PyTree], PyTree] | None]:
+    """The base of a LoRA run, and the start values of the trained parameters; None where there are none.
+
+    Args:
+      init_from: model folder, or empty.
+      field: of the configuration that names it.
+      lora, weights: what is trained.
+      sizes: of the transformer.
+      seed: of the run.
+
+    Raises:
+      UserError: the folder's transformer is another one.
+    """
+    if not init_from:
         return None, None
-    folder = Path(config.init_from) / "transformer"
+    folder = Path(init_from) / "transformer"
     # A missing folder is reported when it is read: a program can be compiled without the weights.
-    require(not folder.is_dir() or read_component_config(folder, "transformer") == config.transformer,
-            f"objective.init_from: {config.init_from} holds a transformer of other sizes or options than "
-            "objective.transformer")
-    dtype = jnp.dtype(config.lora.base_dtype if config.lora.rank else "float32")
+    require(not folder.is_dir() or read_component_config(folder, "transformer") == sizes,
+            f"{field}: {init_from} holds a transformer of other sizes or options than objective.transformer")
+    dtype = jnp.dtype(lora.base_dtype if lora.rank else "float32")
 
     def load(sharding: Any = None, only: Callable[[tuple[str, ...]], bool] | None = None) -> PyTree:
-        return load_component(folder, "transformer", config.transformer, dtype, sharding, only=only)
+        return load_component(folder, "transformer", sizes, dtype, sharding, only=only)
 
     if not isinstance(weights, LoraTraining):
-        return None, lambda abstract: load(_shardings(abstract))
-    base = BaseParams(abstract_params("transformer", config.transformer, dtype), load)
-    if not config.lora.full:
+        return None, lambda abstract: load(shardings_of(abstract))
+    base = BaseParams(abstract_params("transformer", sizes, dtype), load)
+    if not lora.full:
         return base, None
-    # The loop's keys fold in step numbers, and the largest number for start values.
-    key = jax.random.fold_in(jax.random.key(run.seed), np.uint32(2**32 - 1))
+    key = start_key(seed)
     return base, lambda abstract: weights.start(key, load(only=weights.is_whole))
 
 
-def _shardings(abstract: PyTree) -> PyTree:
+def start_key(seed: int) -> jax.Array:
+    """The key of start values: the loop's keys fold in step numbers, this one the largest number."""
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
+
+
+def shardings_of(abstract: PyTree) -> PyTree:
     """Where parameters shall lie, or None where nobody says so."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return shardings if jax.tree.leaves(shardings) else None

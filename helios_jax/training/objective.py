@@ -27,6 +27,7 @@ OBJECTIVES = {
     "autoencoder": "helios_jax.training.autoencoder",
     "stage1": "helios_jax.training.stage1",
     "stage2": "helios_jax.training.stage2",
+    "stage3_dmd": "helios_jax.training.stage3_dmd",
     "stage3_ode": "helios_jax.training.stage3_ode",
     "text_encoder": "helios_jax.training.text_encoder",
 }

@@ -35,7 +35,7 @@ from helios_jax.data.pipeline import LatentFolder
 from helios_jax.diffusion import pyramid
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.schedules import stage_table
-from helios_jax.models.transformer import HeliosTransformer, TextRows
+from helios_jax.models.transformer import HeliosTransformer
 from helios_jax.training import flow
 from helios_jax.training.config import RunConfig, require
 from helios_jax.training.flow import Context, Errors, FlowConfig, PyTree, Randomness
@@ -157,16 +157,13 @@ def level_velocities(model: HeliosTransformer, variables: PyTree, layout: Histor
       levels: noisy versions [B, r, 9, h_i, w_i, C] and their timesteps [B, r].
     Returns: velocities, float32 in the shapes of the noisy versions.
     """
-    tiers = layout.split(context.frames[:, 1:], context.frames[:, :1])
-    past = model.embed_history(variables, jax.tree.map(lambda tier: tier.astype(model.dtype), tiers))
-    text = model.text_rows(variables, context.text, context.text_length)
+    conditions = flow.make_conditions(model, variables, layout, context)
 
     def velocity(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
-        repeats = timestep.shape[1]
-        tokens, rows, bias = (jnp.repeat(x, repeats, axis=0) for x in (past, text.rows, text.bias))
         merged = noisy.reshape(-1, *noisy.shape[2:])  # [B, r, 9, ...] -> [B r, 9, h_i, w_i, C]
-        predicted = model.apply(variables, merged.astype(model.dtype), timestep.reshape(-1), TextRows(rows, bias),
-                                tokens, history_size=context.frames.shape[2:4], indices=layout.indices())
+        predicted = flow.velocity(model, layout, context.frames.shape[2:4],
+                                  flow.conditions_repeated(conditions, timestep.shape[1]), merged,
+                                  timestep.reshape(-1))
         return predicted.astype(jnp.float32).reshape(noisy.shape)
 
     return [velocity(*level) for level in levels]
@@ -178,15 +175,15 @@ def make_loss(config: Config, layout: HistoryLayout, model: HeliosTransformer,
     return flow.make_loss(config, make_errors(config, layout, model, weights or FullTraining(model)))
 
 
-def check_size(config: Config, height: int, width: int) -> None:
+def check_size(levels: int, height: int, width: int) -> None:
     """Checks that latents of ``height`` x ``width`` can be halved for every level and then cut into 2 x 2 patches.
 
     Raises:
       UserError: they cannot; the smallest level must have even rows and columns.
     """
-    divisor = 2 ** len(config.sample_ratios)
+    divisor = 2**levels
     require(height % divisor == 0 and width % divisor == 0,
-            f"objective.data: latents of {height}x{width} cannot have {len(config.sample_ratios)} levels; rows and "
+            f"objective.data: latents of {height}x{width} cannot have {levels} levels; rows and "
             f"columns must be multiples of {divisor}, which is {8 * divisor} pixels")
 
 
@@ -198,6 +195,6 @@ def build(run: RunConfig) -> Objective:
     """
     config: Config = run.objective
     folder = LatentFolder.open(config.data)
-    check_size(config, folder.height, folder.width)
+    check_size(len(config.sample_ratios), folder.height, folder.width)
     index = ModelIndex(class_name="HeliosPyramidPipeline", is_cfg_zero_star=True)
     return flow.build(run, make_errors, index, config.scheduler)
