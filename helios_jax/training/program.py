@@ -211,7 +211,7 @@ def make_step(run: RunConfig, objective: Objective, optimizer: Optimizers, train
       param_shardings: where parameters lie, and so their gradients; None on one device.
     """
     turns = [(player, _make_turn(run, objective, player, rule, trainable, param_shardings))
-             for player, rule in zip(optimizer.players, optimizer.rules, strict=True)]
+             for player, rule in zip(players_of(run, objective), optimizer.rules, strict=True)]
 
     def step(state: TrainState, frozen: PyTree, batch: dict[str, jax.Array]):
         key = jax.random.fold_in(jax.random.key(run.seed), state.step)
