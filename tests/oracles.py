@@ -52,7 +52,8 @@ def filled(module):
 def torch_transformer(config: TransformerConfig = TINY_TRANSFORMER):
     from diffusers import HeliosTransformer3DModel
 
-    return filled(HeliosTransformer3DModel(**dataclasses.asdict(config)))
+    known = {name: value for name, value in dataclasses.asdict(config).items() if name != "restrict_self_attn"}
+    return filled(HeliosTransformer3DModel(**known))
 
 
 @functools.lru_cache(maxsize=4)

@@ -20,7 +20,7 @@ from helios_jax.diffusion import guidance, noise, pyramid, solvers
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.noise import NoiseSource
 from helios_jax.diffusion.schedules import Schedule, latent_tokens, make_schedule, pyramid_schedules, stage_table
-from helios_jax.models.transformer import HeliosTransformer, TextContext
+from helios_jax.models.transformer import HeliosTransformer, HistoryContext, TextContext
 
 Array = jax.Array
 
@@ -112,6 +112,7 @@ class ChunkSampler:
         self._first_tables, self._tables = _stage_tables(scheduler, steps)
         self._noise_shape = jax.jit(lambda x: pyramid.noise_pyramid(x, self.stages)[0])
         # Later stages enlarge their input, whose memory is then of no use to them.
+        self._history_program = jax.jit(self._past) if model.config.restrict_self_attn else None
         self._stage_programs = [jax.jit(functools.partial(self._stage, stage), donate_argnums=() if stage else 1)
                                 for stage in range(self.stages)]
 
@@ -158,27 +159,37 @@ class ChunkSampler:
         tables = self._tables if chunk else self._first_tables
         if self.stages > 1:
             x = self._noise_shape(x)  # full-resolution noise -> the lowest level's
+        # Where the history sees itself alone, its keys and values serve all steps of all stages.
+        past = self._history_program and self._history_program(variables, history, anchor)
         results = []
         for program, block, stage_tables in zip(self._stage_programs, [None, *blocks], tables, strict=True):
-            results.append(program(variables, x, block, text, history, anchor, stage_tables))
+            results.append(program(variables, x, block, text, history, anchor, stage_tables, past))
             x = results[-1].sample
         return results
 
     def compiled_programs(self) -> int:
         """How many programs have been compiled so far."""
-        return self._noise_shape._cache_size() + sum(program._cache_size() for program in self._stage_programs)
+        programs = [self._noise_shape, *self._stage_programs, *filter(None, [self._history_program])]
+        return sum(program._cache_size() for program in programs)
+
+    def _past(self, variables: Mapping[str, Any], history: Array, anchor: Array) -> Array | HistoryContext:
+        """What the transformer is given of the past: tokens [B or 2B, S_history, C], or their keys and values."""
+        tiers = self.plan.layout.split(history, anchor)
+        tiers = jax.tree.map(lambda part: part.astype(self.model.dtype), tiers)
+        if self.model.config.restrict_self_attn:
+            context = self.model.history_context(variables, tiers, self.plan.layout.indices())
+            return jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), context) if self.plan.guided else context
+        tokens = self.model.embed_history(variables, tiers)
+        return jnp.concatenate([tokens, tokens]) if self.plan.guided else tokens
 
     def _stage(self, stage: int, variables: Mapping[str, Any], x: Array, block: Array | None, text: TextContext,
-               history: Array, anchor: Array, tables: StageTables) -> StageResult:
+               history: Array, anchor: Array, tables: StageTables, past: HistoryContext | None) -> StageResult:
         """All steps of one stage; compiled once per stage."""
         plan = self.plan
         if stage:
             x = pyramid.transition(x, block, stage_table(self.scheduler)[stage])
-        tiers = plan.layout.split(history, anchor)
-        tiers = jax.tree.map(lambda part: part.astype(self.model.dtype), tiers)
-        # The history's tokens depend on neither the step nor the prompt.
-        past = self.model.embed_history(variables, tiers)
-        past = jnp.concatenate([past, past]) if plan.guided else past  # [B or 2B, S_history, C]
+        if past is None:  # tokens depend on neither the step nor the prompt
+            past = self._past(variables, history, anchor)
 
         def velocity(sample: Array, timestep: Array) -> Array:
             batch = sample.shape[0]

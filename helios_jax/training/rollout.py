@@ -128,16 +128,13 @@ def rollout(velocity: Velocity, conditions: PyTree, grids: Sequence[LevelGrid], 
     for i, (grid, stage) in enumerate(zip(grids, table, strict=True)):
         if i:
             x = pyramid.transition(x, noise.blocks[i - 1], stage)
-        later = chosen[i + 1:]
-        # Where no sample's gradient comes down here there is nothing to differentiate.
-        reached = jnp.any(jnp.stack(later).max(0) == 0) if later else None
-        x = _level(velocity, conditions, grid, x, rows, chosen[i], reached)
+        x = _level(velocity, conditions, grid, x, rows, chosen[i])
     return x
 
 
 def _level(velocity: Velocity, conditions: PyTree, grid: LevelGrid, start: jax.Array, rows: jax.Array,
-           exits: jax.Array, reached: jax.Array | None) -> jax.Array:
-    """One level from its start point; ``exits`` [B] are step numbers, ``reached`` None stands for true."""
+           exits: jax.Array) -> jax.Array:
+    """One level from its start point; ``exits`` [B] are step numbers."""
 
     def at(values: np.ndarray, index: jax.Array | int) -> jax.Array:
         return jnp.asarray(values)[rows, index]  # [2, n] -> [B]
@@ -155,7 +152,4 @@ def _level(velocity: Velocity, conditions: PyTree, grid: LevelGrid, start: jax.A
         return where(index < exits, ahead, x)
 
     before_exit = jax.lax.fori_loop(0, exits.max(), step, fixed_start)
-    x = where(exits > 0, before_exit, start)
-    if reached is None:
-        return clean(conditions, x, exits)
-    return jax.lax.cond(reached, clean, lambda *inputs: jax.lax.stop_gradient(clean(*inputs)), conditions, x, exits)
+    return clean(conditions, where(exits > 0, before_exit, start), exits)
