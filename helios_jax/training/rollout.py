@@ -123,12 +123,12 @@ def rollout(velocity: Velocity, conditions: PyTree, grids: Sequence[LevelGrid], 
     Returns: float32 [B, T, h, w, C].
     """
     rows = is_first.astype(jnp.int32)
-    chosen = [jnp.floor(exits[i] * jnp.asarray(grid.counts)[rows]).astype(jnp.int32) for i, grid in enumerate(grids)]
     x = noise.start
     for i, (grid, stage) in enumerate(zip(grids, table, strict=True)):
         if i:
             x = pyramid.transition(x, noise.blocks[i - 1], stage)
-        x = _level(velocity, conditions, grid, x, rows, chosen[i])
+        chosen = jnp.floor(exits[i] * jnp.asarray(grid.counts)[rows]).astype(jnp.int32)  # [B]
+        x = _level(velocity, conditions, grid, x, rows, chosen)
     return x
 
 
