@@ -25,8 +25,8 @@ from helios_jax.training.config import run_config  # noqa: E402
 from helios_jax.training.loop import train  # noqa: E402
 
 TRANSFORMER = {"num_attention_heads": 4, "attention_head_dim": 8, "rope_dim": (4, 2, 2), "in_channels": 4,
-               "out_channels": 4, "text_dim": 6, "freq_dim": 8, "ffn_dim": 32, "num_layers": 2}
-LORA = {"rank": 4, "base_dtype": "float32"}
+               "out_channels": 4, "text_dim": 6, "freq_dim": 8, "ffn_dim": 32, "num_layers": 1}
+LORA = {"rank": 4, "targets": ("to_q", "to_v", "patch_short"), "base_dtype": "float32"}
 MESHES = {"mixed": {"data": 2, "fsdp": 2, "tensor": 2}, "context": {"fsdp": 2, "context": 2, "tensor": 2}}
 
 
@@ -51,9 +51,9 @@ def values_of(folder: Path, mesh: dict | None = None) -> dict:
             "name": "stage3_dmd", "data": str(folder / "latents"), "transformer": TRANSFORMER,
             "init_from": str(folder / "student"), "teacher": str(folder / "teacher"), "lora": LORA,
             "critic": {"lora": LORA, "optimizer": optimizer | {"learning_rate": 1e-3}}, "student_every": 2,
-            "rollout": {"steps": (2, 2)}, "stage_range": (0.0, 0.5, 1.0), "renoise": {"decay_steps": 3},
-            "corruption": {"mode": "random", "saturation": True},
-            "gan": {"width": 8, "groups": 4, "blocks": (0, 1), "start_step": 2, "crop": 1},
+            "rollout": {"steps": (1, 2)}, "stage_range": (0.0, 0.5, 1.0), "renoise": {"decay_steps": 3},
+            "corruption": {"saturation": True},
+            "gan": {"width": 8, "groups": 4, "blocks": (0,), "start_step": 2, "crop": 1},
         },
         "batch_size": 8, "num_steps": 5, "log_every": 1, "checkpoint_every": 2, "seed": 3, "ema_decay": 0.9,
         "ema_start_step": 3, "tensorboard": False, "optimizer": optimizer, "mesh": mesh or {},

@@ -19,7 +19,7 @@ from helios_jax.training import flow
 from helios_jax.training.config import OptimizerConfig, run_config
 from helios_jax.training.objective import Objective, Player, Turn
 from helios_jax.training.program import Optimizers, initial_state, make_step
-from helios_jax.training.stage3_dmd import Config, CriticConfig, Draws, Game, GanConfig
+from helios_jax.training.stage3_dmd import Config, CriticConfig, Draws, Game, GanConfig, Network
 from helios_jax.training.weights import LoraConfig
 
 LAYOUT = HistoryLayout()
@@ -100,7 +100,8 @@ def config_of(**changes) -> Config:
 
 
 def game_of(config: Config) -> Game:
-    game = Game(config, LAYOUT, ToyNetwork(), ToyWeights(), ToyWeights(), (H, W, C))
+    network = Network(ToyNetwork(), ToyWeights())
+    game = Game(config, LAYOUT, network, network, (H, W, C))
     if game.heads:
         game.heads = ToyHeads()
     return game

@@ -446,7 +446,8 @@ def start_values(init_from: str, field: str, lora: LoraConfig, weights: TrainedW
         return None, None
     folder = Path(init_from) / "transformer"
     # A missing folder is reported when it is read: a program can be compiled without the weights.
-    require(not folder.is_dir() or read_component_config(folder, "transformer") == sizes,
+    require(not folder.is_dir() or dataclasses.replace(read_component_config(folder, "transformer"),
+                                                       restrict_self_attn=sizes.restrict_self_attn) == sizes,
             f"{field}: {init_from} holds a transformer of other sizes or options than objective.transformer")
     dtype = jnp.dtype(lora.base_dtype if lora.rank else "float32")
 
@@ -460,6 +461,16 @@ def start_values(init_from: str, field: str, lora: LoraConfig, weights: TrainedW
         return base, None
     key = start_key(seed)
     return base, lambda abstract: weights.start(key, load(only=weights.is_whole))
+
+
+def as_stored(config: ModelConfig, folder: str) -> ModelConfig:
+    """The configuration with the attention of the history that a model folder's transformer was trained with.
+
+    A run may restrict what its base did not; a network that is only asked must run as it is.
+    """
+    path = Path(folder) / "transformer"
+    restrict = path.is_dir() and read_component_config(path, "transformer").restrict_self_attn
+    return dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, restrict_self_attn=restrict))
 
 
 def start_key(seed: int) -> jax.Array:

@@ -25,6 +25,7 @@ the same section of a clip in one step (there: two sections). Source: specificat
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -178,24 +179,30 @@ class Draws(NamedTuple):
                    RolloutNoise.draw(chunk, len(config.rollout.steps), layout.chunk, size), level, adversarial)
 
 
+class Network(NamedTuple):
+    """An architecture, and how the parameters of the training loop become its own."""
+
+    model: HeliosTransformer
+    weights: TrainedWeights
+
+
 class Game:
     """Both players' losses on latents of one size.
 
     Args:
       config: of the objective.
       layout: of the history.
-      model: the architecture that all three networks share.
-      student, critic: how their parameters become the transformer's.
+      student, critic: the critic's architecture is the teacher's, too.
       size: of the latents (h, w, C).
 
     Raises:
       UserError: the size cannot be halved for the levels, or its window is too small for the heads.
     """
 
-    def __init__(self, config: Config, layout: HistoryLayout, model: HeliosTransformer, student: TrainedWeights,
-                 critic: TrainedWeights, size: tuple[int, int, int]):
-        self.config, self.layout, self.model, self.size = config, layout, model, size
-        self._student_weights, self._critic_weights = student, critic
+    def __init__(self, config: Config, layout: HistoryLayout, student: Network, critic: Network,
+                 size: tuple[int, int, int]):
+        self.config, self.layout, self.size = config, layout, size
+        self._student, self._critic = student, critic
         height, width, _ = size
         check_size(len(config.rollout.steps), height, width)
         shape = {"frames": layout.chunk, "height": height, "width": width}
@@ -204,7 +211,7 @@ class Game:
         self._shift = dmd.score_shift(config.renoise, config.scheduler, **shape)
         self._scores = dmd.score_table(self._shift)
         gan = config.gan
-        self.heads = Discriminator(gan.width, gan.groups, gan.blocks, model.dtype) if gan.width else None
+        self.heads = Discriminator(gan.width, gan.groups, gan.blocks, critic.model.dtype) if gan.width else None
         if self.heads:
             self._window = (height // gan.crop, width // gan.crop)
             require(height % (2 * gan.crop) == 0 and width % (2 * gan.crop) == 0,
@@ -221,8 +228,8 @@ class Game:
         numbers = jax.vmap(lambda key: jax.random.beta(key, alpha, beta))(draws.level)  # [B]
         timestep, sigma = self._level(numbers)
         noisy = jax.lax.stop_gradient(renoise(chunk, draws.base.noise, sigma))
-        critic = self._conditions(self._critic(params, frozen), context)
-        fake = x0(self._velocity(critic, noisy, timestep), noisy, sigma)
+        critic = self._critic_conditions(params, frozen, context)
+        fake = x0(self._score(critic, noisy, timestep), noisy, sigma)
         real = self._guided(frozen, context, noisy, timestep, sigma)
         loss, gap = dmd.matching_loss(chunk, fake, real)
         metrics = {"matching": loss, "score_gap": gap, "timestep": timestep.mean()}
@@ -245,8 +252,8 @@ class Game:
         chunk, noise = jax.lax.stop_gradient(chunk), draws.base.noise
         timestep, sigma = self._level(0.001 + 0.999 * draws.base.timestep)
         noisy = renoise(chunk, noise, sigma)
-        critic = self._conditions(self._critic(params, frozen), context)
-        loss = dmd.flow_loss(self._velocity(critic, noisy, timestep), chunk, noise)
+        critic = self._critic_conditions(params, frozen, context)
+        loss = dmd.flow_loss(self._score(critic, noisy, timestep), chunk, noise)
         metrics = {"flow": loss, "timestep": timestep.mean()}
         if self.heads is None:
             return loss, metrics
@@ -278,13 +285,18 @@ class Game:
                             )(draws.base, batch)
 
         own = contexts(self.config)
-        variables = self._student_weights.variables(params["student"], {"base": frozen["base"].get("student")})
-        chunk = rollout(self._velocity, self._conditions(variables, own), self._grids, self._table, draws.rollout,
-                        ~flow.has_history(own.frames), jax.random.uniform(turn.key, (len(self._grids),)))
+        model, weights = self._student
+        variables = weights.variables(params["student"], {"base": frozen["base"].get("student")})
+        velocity = functools.partial(flow.velocity, model, self.layout, self.size[:2])
+        chunk = rollout(velocity, flow.make_conditions(model, variables, self.layout, own), self._grids, self._table,
+                        draws.rollout, ~flow.has_history(own.frames),
+                        jax.random.uniform(turn.key, (len(self._grids),)))
         return draws, contexts(self.config.unsaturated), chunk
 
-    def _critic(self, params: PyTree, frozen: PyTree) -> PyTree:
-        return self._critic_weights.variables(params["critic"], {"base": frozen["base"]["teacher"]})
+    def _critic_conditions(self, params: PyTree, frozen: PyTree, context: flow.Context) -> Conditions:
+        model, weights = self._critic
+        variables = weights.variables(params["critic"], {"base": frozen["base"]["teacher"]})
+        return flow.make_conditions(model, variables, self.layout, context)
 
     def _guided(self, frozen: PyTree, context: flow.Context, noisy: jax.Array, timestep: jax.Array, sigma: jax.Array
                 ) -> jax.Array:
@@ -292,20 +304,17 @@ class Game:
         teacher = {"params": frozen["base"]["teacher"]}
         negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(noisy), *np.shape(x))), frozen["negative"])
         without = flow.Context(context.frames, negative["text"], negative["text_length"])
-        r_c, r_u = (x0(self._velocity(self._conditions(teacher, one), noisy, timestep), noisy, sigma)
-                    for one in (context, without))
+        conditions = (flow.make_conditions(self._critic.model, teacher, self.layout, one) for one in (context, without))
+        r_c, r_u = (x0(self._score(one, noisy, timestep), noisy, sigma) for one in conditions)
         return r_c + self.config.guidance * (r_c - r_u)
 
-    def _conditions(self, variables: PyTree, context: flow.Context) -> Conditions:
-        return flow.make_conditions(self.model, variables, self.layout, context)
-
-    def _velocity(self, conditions: Conditions, noisy: jax.Array, timestep: jax.Array) -> jax.Array:
-        return flow.velocity(self.model, self.layout, self.size[:2], conditions, noisy, timestep)
+    def _score(self, conditions: Conditions, noisy: jax.Array, timestep: jax.Array, features: tuple[int, ...] = ()):
+        """What critic or teacher say."""
+        return flow.velocity(self._critic.model, self.layout, self.size[:2], conditions, noisy, timestep, features)
 
     def _judge(self, heads: PyTree, critic: Conditions, window: jax.Array, timestep: jax.Array) -> jax.Array:
         """Logits [B, 1 + F] of noisy latents."""
-        velocity, tokens = flow.velocity(self.model, self.layout, self.size[:2], critic, window, timestep,
-                                         self.config.gan.blocks)
+        velocity, tokens = self._score(critic, window, timestep, self.config.gan.blocks)
         return self.heads.apply(heads, velocity, tokens)
 
     def _level(self, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -333,12 +342,12 @@ def build(run: RunConfig) -> Objective:
     index = ModelIndex("HeliosPyramidPipeline", "HeliosDMDScheduler", is_distilled=True)
     student = flow.build(run, None, index, config.scheduler)
     folder = LatentFolder.open(config.data)
-    model = flow.transformer(config)
-    weights, critic_weights = trained_weights(config.lora, model), trained_weights(config.critic.lora, model)
-    game = Game(config, HistoryLayout(), model, weights, critic_weights, (folder.height, folder.width, folder.channels))
-    teacher, load_critic = flow.start_values(config.teacher, "objective.teacher", config.critic.lora, critic_weights,
-                                             config.transformer, run.seed)
-    makers = {"student": weights.init, "critic": critic_weights.init}
+    own, critic = (_network(one, lora) for one, lora in (
+        (config, config.lora), (flow.as_stored(config, config.teacher), config.critic.lora)))
+    game = Game(config, HistoryLayout(), own, critic, (folder.height, folder.width, folder.channels))
+    teacher, load_critic = flow.start_values(config.teacher, "objective.teacher", config.critic.lora, critic.weights,
+                                             critic.model.config, run.seed)
+    makers = {"student": own.weights.init, "critic": critic.weights.init}
     players = [Player("student", ("student",), game.student_loss, run.optimizer, config.student_every, averaged=True)]
     if game.heads:
         makers["heads"] = lambda key: game.heads.init(key, config.transformer.out_channels, config.transformer.dim)
@@ -357,6 +366,11 @@ def build(run: RunConfig) -> Objective:
         base=_bases({"student": student.base, "teacher": teacher}),
         frozen={**student.frozen, "negative": _negative(config, student.frozen["empty"])}, players=tuple(players),
         sample=of_student(student.sample), evaluate=of_student(student.evaluate), export=of_student(student.export))
+
+
+def _network(config: Config, lora: LoraConfig) -> Network:
+    model = flow.transformer(config)
+    return Network(model, trained_weights(lora, model))
 
 
 def _load_params(makers: dict[str, Callable], loaders: dict[str, Callable | None], seed: int
