@@ -53,7 +53,7 @@ def values_of(folder: Path, mesh: dict | None = None) -> dict:
             "critic": {"lora": LORA, "optimizer": optimizer | {"learning_rate": 1e-3}}, "student_every": 2,
             "rollout": {"steps": (1, 2)}, "stage_range": (0.0, 0.5, 1.0), "renoise": {"decay_steps": 3},
             "corruption": {"saturation": True},
-            "gan": {"width": 8, "groups": 4, "blocks": (0,), "start_step": 2, "crop": 1},
+            "gan": {"width": 8, "groups": 1, "blocks": (0,), "start_step": 2, "crop": 1},
         },
         "batch_size": 8, "num_steps": 5, "log_every": 1, "checkpoint_every": 2, "seed": 3, "ema_decay": 0.9,
         "ema_start_step": 3, "tensorboard": False, "optimizer": optimizer, "mesh": mesh or {},

@@ -15,6 +15,7 @@ import pytest
 from helios_jax.training.checkpoint import Checkpointer, read_params
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow  # a step with both players takes a minute to compile, on eight devices longer
 
 
 def work(folder: Path, *cases: str) -> subprocess.CompletedProcess:

@@ -265,7 +265,7 @@ class Game:
             windows = jnp.stack([dmd.crop(noisy, self._corner(fake_key), self._window), real,
                                  real + gan.r1_sigma * extra], axis=1)  # [B, 3, 9, h', w', C]
             logits = self._judge(heads, flow.conditions_repeated(critic, 3), windows.reshape(-1, *windows.shape[2:]),
-                                 jnp.repeat(timestep, 3)).reshape(len(keys), 3, -1)
+                                 jnp.repeat(timestep, 3)).reshape(len(timestep), 3, -1)
             return dmd.head_loss(logits[:, 0], logits[:, 1]), dmd.r1_penalty(logits[:, 1], logits[:, 2])
 
         nothing = lambda *_: (jnp.float32(0), jnp.float32(0))  # noqa: E731
