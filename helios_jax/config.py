@@ -74,7 +74,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(_FromJson):
-    """``transformer/config.json``; the defaults are the 14B model."""
+    """``transformer/config.json``; the defaults are the 14B model.
+
+    ``restrict_self_attn``: history tokens attend to history tokens only, so that sampling computes their keys and
+    values once per chunk. Only for a model that was trained so; diffusers does not know the option and would sample
+    such a model wrongly.
+    """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
@@ -96,6 +101,7 @@ class TransformerConfig(_FromJson):
     has_multi_term_memory_patch: bool = True
     is_amplify_history: bool = False
     history_scale_mode: str = "per_head"
+    restrict_self_attn: bool = False
 
     def __post_init__(self):
         _require(self.patch_size == (1, 2, 2), f"patch_size: only [1, 2, 2] is supported, got {list(self.patch_size)}")
@@ -108,6 +114,9 @@ class TransformerConfig(_FromJson):
                  f"got {list(self.rope_dim)}")
         _require(self.history_scale_mode in ("per_head", "scalar"),
                  f"history_scale_mode: 'per_head' or 'scalar', got {self.history_scale_mode!r}")
+        _require(not self.restrict_self_attn or (self.zero_history_timestep and self.guidance_cross_attn),
+                 "restrict_self_attn: needs zero_history_timestep and guidance_cross_attn, got "
+                 f"{self.zero_history_timestep} and {self.guidance_cross_attn}")
 
     @property
     def dim(self) -> int:

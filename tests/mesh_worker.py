@@ -29,6 +29,7 @@ from helios_jax.training.program import Program  # noqa: E402
 from helios_jax.training.validation import BASE_SCHEDULER  # noqa: E402
 
 ADAMW = {"name": "adamw", "learning_rate": 3e-3, "schedule": "constant"}
+ODE = {"name": "stage3_ode", "sections": 2, "weight": 1.0}  # of records of another kind, in a folder of their own
 CASES = {
     "one": {"num_steps": 7},
     "data": {"mesh": {"data": 8}},
@@ -36,6 +37,9 @@ CASES = {
     "fsdp_muon": {"mesh": {"fsdp": -1}, "optimizer": {**ADAMW, "name": "muon"}},
     "mixed": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
     "context": {"mesh": {"fsdp": 2, "context": 2, "tensor": 2}},
+    "ode": {"objective": ODE},
+    "ode_mixed": {"objective": ODE, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+    "ode_context": {"objective": ODE, "mesh": {"fsdp": 2, "context": 2, "tensor": 2}},
     "parts": {"mesh": {"fsdp": 2}, "accumulate": 2, "remat": "nothing_saveable"},
     "fsdp": {"mesh": {"fsdp": -1}},
 }
@@ -75,6 +79,8 @@ def main(folder: Path, cases: list[str]) -> None:
     for name in cases:
         kind, _, case = name.rpartition(":")
         train(run_of(folder, kind=kind or "stage1", **CASES[case]), folder / name.replace(":", "-"), print_line=report)
+    if "ode" in cases:
+        return
     if "context" in cases:  # the same run goes on from its checkpoint on another mesh
         train(run_of(folder, mesh=CASES["mixed"]["mesh"], num_steps=7), folder / "context", print_line=report)
 

@@ -52,7 +52,8 @@ def filled(module):
 def torch_transformer(config: TransformerConfig = TINY_TRANSFORMER):
     from diffusers import HeliosTransformer3DModel
 
-    return filled(HeliosTransformer3DModel(**dataclasses.asdict(config)))
+    known = {name: value for name, value in dataclasses.asdict(config).items() if name != "restrict_self_attn"}
+    return filled(HeliosTransformer3DModel(**known))
 
 
 @functools.lru_cache(maxsize=4)
@@ -76,3 +77,19 @@ def converted(component: str, config, module, dtype=None):
 
     state = {name: tensor.detach().to(torch.float32).numpy() for name, tensor in module.state_dict().items()}
     return params_from_torch_state_dict(component, config, state, dtype)
+
+
+def with_block_noise(pipe):
+    """The original's pyramid pipeline with its block noise factorised in float64 (in float32 a CPU may refuse)."""
+    import torch
+
+    def block_noise(batch, channels, frames, height, width, patch_size=(1, 2, 2), device=None, generator=None):
+        gamma = 1 / 3
+        covariance = torch.eye(4, dtype=torch.float64) * (1 + gamma) - gamma + 1e-8 * torch.eye(4, dtype=torch.float64)
+        factor = torch.linalg.cholesky(covariance).float()
+        z = torch.randn(batch * channels * frames * (height // 2) * (width // 2), 4, generator=generator)
+        noise = (z @ factor.T).view(batch, channels, frames, height // 2, width // 2, 2, 2)
+        return noise.permute(0, 1, 2, 3, 5, 4, 6).reshape(batch, channels, frames, height, width)
+
+    pipe.sample_block_noise = block_noise
+    return pipe

@@ -31,6 +31,7 @@ from tests.oracles import (
     relative_error,
     torch_transformer,
     torch_vae,
+    with_block_noise,
 )
 
 torch = pytest.importorskip("torch")
@@ -168,17 +169,7 @@ def diffusers_pipeline(variant: str):
         return diffusers.HeliosPipeline(**parts)
     pipe = diffusers.HeliosPyramidPipeline(**parts, is_cfg_zero_star=variant == "mid",
                                            is_distilled=variant == "distilled")
-
-    def block_noise(batch, channels, frames, height, width, patch_size=(1, 2, 2), device=None, generator=None):
-        gamma = 1 / 3
-        covariance = torch.eye(4, dtype=torch.float64) * (1 + gamma) - gamma + 1e-8 * torch.eye(4, dtype=torch.float64)
-        factor = torch.linalg.cholesky(covariance).float()
-        z = torch.randn(batch * channels * frames * (height // 2) * (width // 2), 4, generator=generator)
-        noise = (z @ factor.T).view(batch, channels, frames, height // 2, width // 2, 2, 2)
-        return noise.permute(0, 1, 2, 3, 5, 4, 6).reshape(batch, channels, frames, height, width)
-
-    pipe.sample_block_noise = block_noise
-    return pipe
+    return with_block_noise(pipe)
 
 
 LIVE = [("base", dict(steps=2)), ("mid", dict(steps=(3, 2, 1))),

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from helios_jax.data import pipeline
 from helios_jax.data.buckets import bucketed_dataset, folder_buckets
 from helios_jax.data.pipeline import clip_dataset
-from helios_jax.data.random_latents import write_random_latents
+from helios_jax.data.random_latents import write_random_latents, write_random_ode_pairs
 from helios_jax.errors import UserError
 from helios_jax.models.partition import declared_axes
 from helios_jax.sharding import DEFAULT_RULES, MeshConfig, Partition, constrain, param_shardings
@@ -30,10 +30,9 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-def run_cases(folder: Path, *cases: str) -> Path:
-    """Trains the cases of mesh_worker.py in a process of its own."""
-    write_random_latents(folder / "latents", clips=12, sections=3, height=8, width=8, channels=4, text_rows=5,
-                         text_dim=6)
+def run_cases(folder: Path, *cases: str, write=write_random_latents) -> Path:
+    """Trains the cases of mesh_worker.py in a process of its own, on random data."""
+    write(folder / "latents", clips=12, sections=3, height=8, width=8, channels=4, text_rows=5, text_dim=6)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "tests/mesh_worker.py", str(folder), *cases], cwd=ROOT, env=environment,
                           capture_output=True, text=True)
@@ -76,6 +75,13 @@ def test_losses_on_four_meshes_are_those_of_one_device(kind, tmp_path):
 @pytest.mark.slow
 def test_muon_on_a_mesh_gives_the_losses_of_one_device(tmp_path):
     assert_equal_losses(run_cases(tmp_path, "one_muon", "fsdp_muon"), "one_muon", "fsdp_muon")
+
+
+@pytest.mark.slow
+def test_ode_regression_on_a_mesh_gives_the_losses_of_one_device(tmp_path):
+    run_cases(tmp_path, "ode", "ode_mixed", "ode_context", write=write_random_ode_pairs)
+    for case in ("ode_mixed", "ode_context"):
+        assert_equal_losses(tmp_path, "ode", case)
 
 
 def test_a_checkpoint_is_continued_on_another_mesh(trained):

@@ -136,7 +136,7 @@ def test_records_survive_their_serialised_form(folder):
     np.testing.assert_array_equal(record.text, again.text)
     assert (record.captions, record.info) == (again.captions, again.info)
     for broken in (b"", b"{}", encode_record(record)[:-7], b"\x80\x04\x95pickle"):
-        with pytest.raises(UserError, match="a latent record is damaged"):
+        with pytest.raises(UserError, match="a record is damaged or of another kind"):
             decode_record(broken)
 
 

@@ -52,6 +52,15 @@ def test_average_follows_the_formula_with_its_warm_up():
     assert float(ema.decay_at(jnp.int32(10**6), 0.999)) == pytest.approx(0.999)
 
 
+def test_average_is_a_copy_until_its_start_step_and_then_warms_up():
+    """Section 10 of the specification of stage 3: the decay of update n for a start at 250, cap 0.99."""
+    for n, decay in ((1, 0.0), (250, 0.0), (251, 0.0), (252, 2 / 11), (253, 3 / 12), (250 + 890, 890 / 899),
+                     (250 + 891, 0.99), (10**6, 0.99)):
+        assert float(ema.decay_at(jnp.int32(n - 1), 0.99, 250)) == pytest.approx(decay), n
+    average = ema.update({"w": jnp.zeros(3)}, {"w": jnp.full(3, 2.0)}, jnp.int32(250), 0.99, 250)
+    np.testing.assert_array_equal(average["w"], 2.0)
+
+
 def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_its_fraction():
     rate = schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_fraction=0.1), num_steps=24)
     np.testing.assert_allclose([rate(n) for n in range(5)], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)

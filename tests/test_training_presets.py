@@ -124,3 +124,38 @@ def test_the_model_in_the_box_continues_as_mid():
     box = TransformerConfig.from_file(CONFIGS.parent / "assets/helios-tiny/transformer/config.json")
     assert run.objective.transformer == box and run.objective.init_from == "assets/helios-tiny"
     assert run.objective.scheduler.stages == 3 and run.objective.lora.rank == 0
+
+
+@pytest.mark.parametrize("part", ["post", "gan"])
+def test_distillation_has_the_values_of_the_specification(part):
+    """Section 11.2 of the specification of stage 3; clipping at 1 is what its DeepSpeed configuration does."""
+    run = parsed("stage3_dmd", part)
+    objective, gan, corruption = run.objective, run.objective.gan, run.objective.corruption
+    for optimizer, rate in ((run.optimizer, 2e-6), (objective.critic.optimizer, 4e-7)):
+        assert (optimizer.learning_rate, optimizer.b1, optimizer.b2, optimizer.eps) == (rate, 0.0, 0.999, 1e-8)
+        assert (optimizer.weight_decay, optimizer.weight_decay_on, optimizer.clip_norm) == (1e-3, "all", 1.0)
+        assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 0)
+    assert (run.seed, run.num_steps, run.checkpoint_every, run.ema_decay, run.ema_start_step) == (49, 10**6, 250, 0.99,
+                                                                                                  750)
+    assert (objective.lora.rank, objective.lora.targets) == (256, ("all-linear", *PATCHES))
+    assert (objective.critic.lora.rank, objective.critic.lora.targets) == (256, ("all-linear",))
+    assert (objective.init_from, objective.teacher) == ("runs/stage3_ode/export", "runs/stage1_post/export")
+    assert (objective.student_every, objective.guidance, objective.rollout.steps) == (5, 3.0, (2, 2, 2))
+    assert objective.rollout.amplify_first_chunk and objective.rollout.shift_from == "own"
+    renoise = objective.renoise
+    assert (renoise.alpha, renoise.beta, renoise.decay_steps, renoise.lowest, renoise.highest) == (4.0, 1.5, 500, 20,
+                                                                                                  980)
+    mix = objective.task_mix
+    assert (mix.t2v, mix.i2v, mix.v2v) == (0.4, 0.0, 0.5)
+    assert corruption.mode == ("random" if part == "gan" else "noise") and corruption.noise_probability == 0.9
+    assert (corruption.clean_probability, corruption.ratio_long) == (0.1, 1 / 3)
+    assert corruption.saturation and (corruption.saturation_min, corruption.saturation_max) == (0.3, 1.7)
+    assert gan.width == (768 if part == "gan" else 0)
+    assert (gan.blocks, gan.start_step, gan.crop) == ((5, 15, 25, 35), 1000, 2)
+    assert (gan.student_weight, gan.head_weight, gan.r1_weight, gan.r1_sigma) == (0.05, 0.01, 100.0, 0.1)
+
+
+@pytest.mark.parametrize(("file", "argument"), [("stage3_dmd", "gan-1.3b"), ("tiny_stage3_dmd", ""),
+                                                ("tiny_stage3_dmd", "gan")])
+def test_other_sizes_and_the_model_in_the_box_have_distillation_files(file, argument):
+    assert parsed(file, argument).objective_name == "stage3_dmd"

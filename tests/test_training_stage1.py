@@ -15,7 +15,7 @@ from helios_jax.errors import UserError
 from helios_jax.models.inputs import FrameIndices
 from helios_jax.models.partition import unbox
 from helios_jax.models.transformer import HeliosTransformer
-from helios_jax.training import flow, stage1
+from helios_jax.training import stage1
 from helios_jax.training.corruption import (
     CorruptionConfig,
     CorruptionRandomness,
@@ -26,14 +26,10 @@ from helios_jax.training.corruption import (
 )
 from helios_jax.training.flow import Randomness, TaskMix, kept_frames, timestep_index
 from helios_jax.training.stage1 import Config, prepare
-from helios_jax.training.weights import FullTraining
+from tests.tiny_training import loss_of
 
 LAYOUT = HistoryLayout()
 DRAWS = 20_000
-
-
-def loss_of(config: Config, model):
-    return flow.make_loss(config, stage1.make_errors(config, LAYOUT, model, FullTraining(model)))
 
 
 def draws_of(config: Config, size: tuple[int, int, int]):
@@ -301,7 +297,7 @@ def test_loss_equals_the_formulas_in_float64():
     params = random_params(model)
     batch, key = batch_of(48), jax.random.key(5)
     empty = {"text": np.random.default_rng(9).standard_normal((5, 6)).astype(np.float32), "text_length": np.int32(1)}
-    loss, metrics = jax.jit(loss_of(config, model))(params, {"empty": empty}, batch, key)
+    loss, metrics = jax.jit(loss_of(stage1, config, model))(params, {"empty": empty}, batch, key)
 
     randoms, examples = prepared(config, key, batch, empty)
     reference = [reference_example(config, jax.tree.map(lambda leaf, i=i: leaf[i], randoms),
@@ -343,10 +339,10 @@ def test_a_perfect_prediction_has_loss_zero_and_a_constant_offset_its_square():
             sigma = timestep[:, None, None, None, None] / 1000
             return (latents - batch["target"]) / sigma + self.offset
 
-    loss, _ = jax.jit(loss_of(config, Oracle()))({}, {"empty": empty}, batch, key)
+    loss, _ = jax.jit(loss_of(stage1, config, Oracle()))({}, {"empty": empty}, batch, key)
     assert loss < 1e-8
     Oracle.offset = 0.5
-    loss, _ = jax.jit(loss_of(config, Oracle()))({}, {"empty": empty}, batch, key)
+    loss, _ = jax.jit(loss_of(stage1, config, Oracle()))({}, {"empty": empty}, batch, key)
     np.testing.assert_allclose(loss, 0.25, rtol=1e-4)
 
 
@@ -356,7 +352,7 @@ def test_gradients_are_finite_and_reach_every_parameter(dtype):
     model = HeliosTransformer(TINY, dtype=jnp.dtype(dtype), unroll=0)
     params = random_params(model)
     empty = {"text": np.zeros((5, 6), np.float32), "text_length": np.int32(1)}
-    grads = jax.jit(jax.grad(lambda p: loss_of(config, model)(
+    grads = jax.jit(jax.grad(lambda p: loss_of(stage1, config, model)(
         p, {"empty": empty}, batch_of(8), jax.random.key(0))[0]))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)

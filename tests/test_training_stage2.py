@@ -18,10 +18,10 @@ from helios_jax.diffusion.schedules import stage_table
 from helios_jax.errors import UserError
 from helios_jax.models.inputs import FrameIndices
 from helios_jax.models.transformer import HeliosTransformer
-from helios_jax.training import flow, stage2
+from helios_jax.training import stage2
 from helios_jax.training.flow import Randomness
 from helios_jax.training.stage2 import Config, prepare
-from helios_jax.training.weights import FullTraining
+from tests.tiny_training import loss_of
 
 LAYOUT = HistoryLayout()
 H, W, C = 8, 8, 3  # latents: the smallest that have three levels
@@ -34,10 +34,6 @@ STAGES = ((0.999, 0.666333, 999.0, 743.256), (0.7997597118943213, 0.333666, 743.
 
 def config_of(**changes) -> Config:
     return Config(data="", **({"transformer": TINY, "caption_dropout": 0.3} | changes))
-
-
-def loss_of(config: Config, model):
-    return flow.make_loss(config, stage2.make_errors(config, LAYOUT, model, FullTraining(model)))
 
 
 def batch_of(size: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -182,7 +178,7 @@ def test_loss_equals_the_formulas_in_float64():
     config, size = config_of(), 6
     model, params = model_and_params()
     batch, key = batch_of(size), jax.random.key(5)
-    loss, metrics = jax.jit(loss_of(config, model))(params, {"empty": EMPTY}, batch, key)
+    loss, metrics = jax.jit(loss_of(stage2, config, model))(params, {"empty": EMPTY}, batch, key)
 
     random, examples = prepared(config, key, batch)
     apply = jax.jit(lambda noisy, timestep: model.apply(
@@ -212,7 +208,7 @@ def test_loss_equals_the_formulas_in_float64():
 def test_post_ratios_weigh_every_level_by_a_third():
     config = config_of(sample_ratios=(1, 1, 1))
     model, params = model_and_params()
-    loss, metrics = jax.jit(loss_of(config, model))(params, {"empty": EMPTY}, batch_of(3),
+    loss, metrics = jax.jit(loss_of(stage2, config, model))(params, {"empty": EMPTY}, batch_of(3),
                                                                      jax.random.key(0))
     np.testing.assert_allclose(loss, np.mean([metrics[f"loss_level_{i}"] for i in range(3)]), rtol=1e-6)
 
@@ -220,7 +216,7 @@ def test_post_ratios_weigh_every_level_by_a_third():
 def test_bfloat16_gradients_are_finite_at_every_level_and_reach_every_parameter():
     config = config_of(dtype="bfloat16", sample_ratios=(1, 1, 1))
     model, params = model_and_params("bfloat16")
-    loss = loss_of(config, model)
+    loss = loss_of(stage2, config, model)
 
     def level_loss(params, level):
         _, metrics = loss(params, {"empty": EMPTY}, batch_of(4), jax.random.key(0))
@@ -245,6 +241,6 @@ def test_wrong_settings_are_named(change, message):
 
 
 def test_sizes_that_cannot_be_halved_are_refused():
-    stage2.check_size(config_of(), 8, 16)  # 64x128: levels of 2x4, 4x8 and 8x16 latents
+    stage2.check_size(3, 8, 16)  # 64x128: levels of 2x4, 4x8 and 8x16 latents
     with pytest.raises(UserError, match="latents of 4x8 cannot have 3 levels.*multiples of 8, which is 64 pixels"):
-        stage2.check_size(config_of(), 4, 8)
+        stage2.check_size(3, 4, 8)

@@ -13,12 +13,15 @@ import pytest
 from helios_jax.config import ModelIndex, TextEncoderConfig, TransformerConfig, VAEConfig
 from helios_jax.convert.export import export_pipeline
 from helios_jax.data import build_latents
+from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import WanVAE
+from helios_jax.training import flow
 from helios_jax.training.config import RunConfig
 from helios_jax.training.loop import train
 from helios_jax.training.metrics import VideoFileWriter
 from helios_jax.training.validation import BASE_SCHEDULER
+from helios_jax.training.weights import FullTraining
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,3 +62,8 @@ def train_keeping_frames(run: RunConfig, workdir: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VideoFileWriter, "video", keep_exact_frames)
         train(run, workdir, print_line=lambda line: None)
+
+
+def loss_of(stage, config, model):
+    """The loss of full training, of a stage's module."""
+    return flow.make_loss(config, stage.make_errors(config, HistoryLayout(), model, FullTraining(model)))

@@ -119,8 +119,11 @@ def config_json(component: str, config: Config) -> dict[str, Any]:
                 "decoder_start_token_id": 0, "dropout_rate": 0.1, "tokenizer_class": "T5Tokenizer"} | config.to_dict()
     name = {"transformer": "HeliosTransformer3DModel", "vae": "AutoencoderKLWan"}[component]
     values = {"_class_name": name, "_diffusers_version": "0.42.1"} | config.to_dict()
-    # Its projections are never used and no parameters of ours.
-    return values | ({"added_kv_proj_dim": None} if component == "transformer" else {})
+    if component == "transformer":
+        values["added_kv_proj_dim"] = None  # its projections are never used and no parameters of ours
+        if not values["restrict_self_attn"]:  # which diffusers does not know
+            del values["restrict_self_attn"]
+    return values
 
 
 def scheduler_json(config: SchedulerConfig) -> dict[str, Any]:

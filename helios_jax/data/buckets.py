@@ -58,15 +58,19 @@ class Bucket:
     text_dim: int
 
 
-def latent_folders(root: str | Path) -> dict[str, LatentFolder]:
+def latent_folders(root: str | Path, kind: type[LatentFolder] = LatentFolder) -> dict[str, LatentFolder]:
     """The sizes of a data set of :mod:`helios_jax.data.extract` by name; a folder of one size is the only one, ''.
+
+    Args:
+      root: of the data set.
+      kind: of records.
 
     Raises:
       UserError: no such data set, or a damaged one.
     """
     root = Path(root)
     if (root / DATASET_FILE).is_file():
-        return {"": LatentFolder.open(root)}
+        return {"": kind.open(root)}
     try:
         names = sorted(json.loads((root / BUCKETS_FILE).read_text(encoding="utf-8"))["buckets"])
     except FileNotFoundError:
@@ -76,7 +80,7 @@ def latent_folders(root: str | Path) -> dict[str, LatentFolder]:
         raise UserError(f"data: {root / BUCKETS_FILE} is damaged ({type(error).__name__}: {error})") from None
     if not names:
         raise UserError(f"data: {root / BUCKETS_FILE} lists no size")
-    return {name: LatentFolder.open(root / name) for name in names}
+    return {name: kind.open(root / name) for name in names}
 
 
 def most_frequent(folders: Mapping[str, LatentFolder]) -> LatentFolder:

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import grain
 import numpy as np
 import safetensors.numpy
 
 from helios_jax.data import shapes
-from helios_jax.data.records import LatentRecord
+from helios_jax.data.records import LatentRecord, decode_record, padded_rows
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
 from helios_jax.sharding import local_rows
@@ -135,6 +136,8 @@ class LatentFolder:
       files: record files, in order.
     """
 
+    BUILDER: ClassVar[str] = "helios_jax.data.build_latents"
+
     root: Path
     num_records: int
     sections: int
@@ -157,14 +160,14 @@ class LatentFolder:
         root = Path(root)
         path = root / DATASET_FILE
         if not path.is_file():
-            raise UserError(f"data: {root} holds no dataset.json; build it with python -m "
-                            "helios_jax.data.build_latents")
+            raise UserError(f"data: {root} holds no dataset.json; build it with python -m {cls.BUILDER}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            folder = cls(root=root, **{f.name: values[f.name] for f in dataclasses.fields(cls)
-                                       if f.name not in ("root", "files")}, files=tuple(values["files"]))
+            named = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name != "root"}
+            folder = cls(root=root, **{k: tuple(v) if isinstance(v, list) else v for k, v in named.items()})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"data: {path} is damaged ({type(error).__name__}: {error})") from None
+            raise UserError(f"data: {path} is damaged or describes other data ({type(error).__name__}: "
+                            f"{error})") from None
         missing = [name for name in folder.files if not (root / name).is_file()]
         if missing:
             raise UserError(f"data: {root} lacks {len(missing)} of {len(folder.files)} record files, first "
@@ -205,9 +208,7 @@ class LatentFolder:
             text = safetensors.numpy.load(path.read_bytes())["text"]
         except Exception as error:  # the reader is a Rust extension with exceptions of its own
             raise UserError(f"data: {path} cannot be read ({type(error).__name__}: {error})") from None
-        padded = np.zeros((text_rows or self.text_rows, self.text_dim), np.float32)
-        padded[: len(text)] = text
-        return padded, len(text)
+        return padded_rows(text, text_rows or self.text_rows), len(text)
 
 
 def training_item(record: LatentRecord, rng: np.random.Generator, layout: HistoryLayout, text_rows: int
@@ -232,3 +233,27 @@ def training_item(record: LatentRecord, rng: np.random.Generator, layout: Histor
     rows, length = record.caption_rows(phrasing, text_rows)
     return {"anchor": window.anchor, "history": window.history, "target": window.target,
             "section": np.int32(section), "text": rows, "text_length": np.int32(length)}
+
+
+# Makes a training item of one serialised record.
+MakeItem = Callable[[bytes, np.random.Generator], dict[str, np.ndarray]]
+
+
+def latent_items(layout: HistoryLayout, text_rows: int) -> MakeItem:
+    """:func:`training_item` of serialised records."""
+    return lambda serialised, rng: training_item(decode_record(serialised), rng, layout, text_rows)
+
+
+def record_dataset(folder: LatentFolder, item: MakeItem, batch_size: int, seed: int, threads: int
+                   ) -> grain.IterDataset:
+    """Shuffled items from a folder of records; every epoch is in another order.
+
+    Args:
+      folder: opened.
+      item: called once per record and epoch, with random numbers of their own.
+      batch_size: items per batch; a batch may span two epochs.
+      seed: of the order and of the items' numbers.
+      threads: that read and decode ahead.
+    """
+    items = grain.MapDataset.source(folder.source()).seed(seed).shuffle().repeat().random_map(item)
+    return batches(items, batch_size, threads)

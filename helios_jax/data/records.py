@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
 
 from helios_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +52,39 @@ class LatentRecord:
     def caption_rows(self, index: int, rows: int) -> tuple[np.ndarray, int]:
         """Embedding of caption ``index``, float32 [rows, D] with zeros behind it, and its own number of rows."""
         start, length = int(self.text_lengths[:index].sum()), int(self.text_lengths[index])
-        padded = np.zeros((rows, self.text.shape[1]), np.float32)
-        padded[:length] = self.text[start : start + length]
-        return padded, length
+        return padded_rows(self.text[start : start + length], rows), length
+
+
+def padded_rows(text: np.ndarray, rows: int) -> np.ndarray:
+    """An embedding [n, D] as float32 [rows, D] with zeros behind it."""
+    return np.pad(text.astype(np.float32), ((0, rows - len(text)), (0, 0)))
+
+
+def pack(arrays: Mapping[str, np.ndarray], described: Mapping[str, Any]) -> bytes:
+    """Arrays and JSON values as one safetensors file in memory."""
+    text = json.dumps(described, ensure_ascii=False).encode()
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return safetensors.numpy.save({**arrays, "json": np.frombuffer(text, np.uint8)})
+
+
+def unpack(serialised: bytes, make: Callable[[dict[str, np.ndarray], dict[str, Any]], T]) -> T:
+    """``make(arrays, described)`` of what :func:`pack` made.
+
+    Raises:
+      UserError: the bytes are no such record, or ``make`` does not find in them what it needs.
+    """
+    try:
+        arrays = safetensors.numpy.load(serialised)
+        return make(arrays, json.loads(arrays.pop("json").tobytes()))
+    except Exception as error:  # the reader is a Rust extension with exceptions of its own
+        raise UserError(f"data: a record is damaged or of another kind ({type(error).__name__}: {error})") from None
 
 
 def encode_record(record: LatentRecord) -> bytes:
     """The serialised record."""
-    text = json.dumps({"captions": record.captions, "info": record.info}, ensure_ascii=False).encode()
-    return safetensors.numpy.save({
-        "mean": np.ascontiguousarray(record.mean, np.float16), "std": np.ascontiguousarray(record.std, np.float16),
-        "text": np.ascontiguousarray(record.text, np.float16),
-        "text_lengths": np.ascontiguousarray(record.text_lengths, np.int32),
-        "json": np.frombuffer(text, np.uint8)})
+    halves = {name: np.asarray(getattr(record, name), np.float16) for name in ("mean", "std", "text")}
+    return pack({**halves, "text_lengths": np.asarray(record.text_lengths, np.int32)},
+                {"captions": record.captions, "info": record.info})
 
 
 def decode_record(serialised: bytes) -> LatentRecord:
@@ -71,9 +93,5 @@ def decode_record(serialised: bytes) -> LatentRecord:
     Raises:
       UserError: the bytes are no such record.
     """
-    try:
-        arrays = safetensors.numpy.load(serialised)
-        described = json.loads(arrays.pop("json").tobytes())
-        return LatentRecord(**arrays, captions=tuple(described["captions"]), info=described["info"])
-    except Exception as error:  # the reader is a Rust extension with exceptions of its own
-        raise UserError(f"data: a latent record is damaged ({type(error).__name__}: {error})") from None
+    return unpack(serialised, lambda arrays, described: LatentRecord(
+        **arrays, captions=tuple(described["captions"]), info=described["info"]))

@@ -22,6 +22,7 @@ FIRST_SIGMA = 0.999
 # Upper border of the last stage's share of the flow: just below 1, so that flooring stays inside the table.
 _LAST_RATIO = 0.9999999999999999
 _MAX_TIMESTEP = 999.0
+SHIFT_FROM = ("own", "previous")
 _TOKENS_PER_PATCH = 4  # the transformer's patch is 1 x 2 x 2 latents
 
 
@@ -204,15 +205,27 @@ def make_schedule(config: SchedulerConfig, steps: int, *, tokens: int, stage: in
     if config.is_dmd:  # the last point before 0 is only there to space the others
         values, timesteps = values[:-1], timesteps[:-1]
     values = np.append(values, 0.0)
+    if not one_stage:
+        return shifted_stage(config, stage, values, timesteps, tokens)
     if config.use_dynamic_shifting:
         values = time_shift(dynamic_shift_mu(config, tokens), values, config.time_shift_type)
-        if one_stage:
-            timesteps = values[:-1] * config.num_train_timesteps
-        else:
-            low, high = timestep_grid.min(), timestep_grid.max()
-            timesteps = low + values[:-1] * (high - low)
+        timesteps = values[:-1] * config.num_train_timesteps
+    return Schedule(values, timesteps, timesteps)
 
-    return Schedule(values, timesteps, timesteps if one_stage else np.trunc(timesteps))
+
+def shifted_stage(config: SchedulerConfig, stage: int, sigmas: np.ndarray, timesteps: np.ndarray,
+                  tokens: int) -> Schedule:
+    """The schedule of a pyramid stage after the dynamic shift, or as it is where the configuration has none.
+
+    Args:
+      sigmas, timesteps: unshifted, [n + 1] (the last is 0) and [n].
+      tokens: that set mu.
+    """
+    if config.use_dynamic_shifting:
+        sigmas = time_shift(dynamic_shift_mu(config, tokens), sigmas, config.time_shift_type)
+        grid = stage_table(config)[stage].timesteps()
+        timesteps = grid.min() + sigmas[:-1] * (grid.max() - grid.min())
+    return Schedule(sigmas, timesteps, np.trunc(timesteps))
 
 
 def _checked_sigmas(sigmas: Sequence[float] | np.ndarray, points: int) -> np.ndarray:
@@ -248,7 +261,24 @@ def pyramid_schedules(config: SchedulerConfig, steps: Sequence[int], *, frames: 
                         f"got {list(steps)}")
     schedules = []
     for stage, count in enumerate(steps):
-        halvings = config.stages - 1 - max(stage - 1, 0)
-        tokens = latent_tokens(frames, height >> halvings, width >> halvings)
+        tokens = shift_tokens(config, stage, frames=frames, height=height, width=width, shift_from="previous")
         schedules.append(make_schedule(config, count, tokens=tokens, stage=stage, amplify=amplify))
     return tuple(schedules)
+
+
+def shift_tokens(config: SchedulerConfig, stage: int, *, frames: int, height: int, width: int, shift_from: str) -> int:
+    """The token count that sets the shift of a pyramid stage.
+
+    Args:
+      stage: its index.
+      frames, height, width: full-resolution latent size of the chunk.
+      shift_from: 'own', the stage's own resolution, as the original trains; 'previous', that of the stage below (for
+        stage 0 its own), as it samples.
+
+    Raises:
+      UserError: ``shift_from`` is neither.
+    """
+    if shift_from not in SHIFT_FROM:
+        raise UserError(f"shift_from: {' or '.join(map(repr, SHIFT_FROM))}, got {shift_from!r}")
+    halvings = config.stages - 1 - (stage if shift_from == "own" else max(stage - 1, 0))
+    return latent_tokens(frames, height >> halvings, width >> halvings)

@@ -1,4 +1,4 @@
-"""The three networks of Helios, in functional Flax Linen.
+"""The three networks of Helios and the heads that training adds to one of them, in functional Flax Linen.
 
 Glossary of shape letters used in every shape comment:
   B batch, T latent frames, F RGB frames, h w latent rows and columns, H W pixel rows and columns,

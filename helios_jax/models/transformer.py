@@ -21,11 +21,19 @@ from einops import rearrange
 from flax import linen as nn
 
 from helios_jax.config import TransformerConfig
+from helios_jax.errors import UserError
+from helios_jax.models.embedders import ConditionEmbedder, PatchEmbedding
 from helios_jax.models.inputs import FrameIndices, History
-from helios_jax.models.layers import Linear, gelu, layer_norm, low_rank, matmul_float32, silu
+from helios_jax.models.layers import Linear, gelu, layer_norm
 from helios_jax.models.rope import rotary_tables
 from helios_jax.sharding import constrain
-from kernels.attention import compacted_attention, cross_attention, rms_norm_heads
+from kernels.attention import (
+    HistoryKeysValues,
+    compacted_attention,
+    cross_attention,
+    prepare_history,
+    rms_norm_heads,
+)
 
 Array = jax.Array
 Dtype = Any
@@ -35,9 +43,6 @@ Params = Mapping[str, Any]
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")
 # log(0) for an attention bias: finite, so that gradients stay finite.
 MASKED = -1e30
-
-_condition_init = nn.initializers.normal(0.02)
-
 
 class TextContext(NamedTuple):
     """Cross-attention keys and values of a batch of prompts; they depend on neither the timestep nor the latents.
@@ -51,99 +56,18 @@ class TextContext(NamedTuple):
     bias: Array
 
 
+class HistoryContext(NamedTuple):
+    """Keys and values of the history in every layer [L, B, S_history, N, D], of :meth:`history_context`."""
+
+    keys: Array
+    values: Array
+
+
 class TextRows(NamedTuple):
     """Projected prompt rows [B, K, C] and their bias [B, K]: keys and values are then made inside each block."""
 
     rows: Array
     bias: Array
-
-
-class PatchEmbedding(nn.Module):
-    """Convolution whose kernel equals its stride, as one matrix product. Source: the ``patch_*`` Conv3d layers."""
-
-    patch: tuple[int, int, int]
-    features: int
-    dtype: Dtype
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, T, h, w, C_in] -> [B, t, y, x, C]. Trailing frames, rows and columns that fill no patch are dropped."""
-        kt, kh, kw = self.patch
-        channels = x.shape[-1]
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1, 2, 3), out_axis=4)
-        axes = (None, None, None, None, "embed")
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), (kt, kh, kw, channels, self.features),
-                            self.param_dtype)
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (self.features,),
-                          self.param_dtype)
-        t, h, w = (size // k * k for size, k in zip(x.shape[1:4], self.patch, strict=True))
-        x = x[:, :t, :h, :w].astype(self.dtype)
-        x = rearrange(x, "b (t kt) (y kh) (x kw) c -> b t y x (kt kh kw c)", kt=kt, kh=kh, kw=kw)
-        y = matmul_float32(x, kernel.reshape(-1, self.features))  # -> [B, t, y, x, C]
-        if self.has_variable("lora", "a"):
-            a = self.get_variable("lora", "a")  # [kt, kh, kw, C_in, r]
-            y = y + low_rank(x, a.reshape(-1, a.shape[-1]), self.get_variable("lora", "b"))
-            if self.has_variable("lora", "bias"):
-                y = y + self.get_variable("lora", "bias").astype(jnp.float32)
-        return (y + bias.astype(jnp.float32)).astype(self.dtype)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoid (cosine first) and a two-layer SiLU network, all in float32."""
-
-    dim: int
-    freq_dim: int
-
-    @nn.compact
-    def __call__(self, timestep: Array) -> Array:
-        """timestep: [B] in 0...1000, fractional allowed. Returns [B, C] float32."""
-        half = self.freq_dim // 2
-        frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-        angles = timestep.astype(jnp.float32)[:, None] * frequencies  # [B] -> [B, half]
-        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # [B, freq_dim]
-        x = Linear(self.dim, kernel_init=_condition_init, kernel_axes=(None, "embed"), name="linear_1")(x)
-        return Linear(self.dim, kernel_init=_condition_init, kernel_axes=("embed", None), name="linear_2")(silu(x))
-
-
-class TextProjection(nn.Module):
-    """Two-layer GELU network from the text encoder's width to the model's."""
-
-    dim: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, rows: Array) -> Array:
-        """[B, K, text_dim] -> [B, K, C]."""
-        x = Linear(self.dim, dtype=self.dtype, kernel_init=_condition_init, kernel_axes=(None, "embed"),
-                   name="linear_1")(rows)
-        return Linear(self.dim, dtype=self.dtype, kernel_init=_condition_init, kernel_axes=("embed", None),
-                      name="linear_2")(gelu(x))
-
-
-class ConditionEmbedder(nn.Module):
-    """Source: diffusers ``HeliosTimeTextEmbedding``."""
-
-    config: TransformerConfig
-    dtype: Dtype
-
-    def setup(self):
-        dim = self.config.dim
-        self.time_embedder = TimestepEmbedder(dim, self.config.freq_dim)
-        self.time_proj = Linear(6 * dim, dtype=self.dtype, kernel_init=_condition_init, kernel_axes=("embed", "mlp"))
-        self.text_embedder = TextProjection(dim, self.dtype)
-
-    def time(self, timestep: Array) -> tuple[Array, Array]:
-        """timestep [B] -> (embedding [B, C], modulation [B, 6, C]), both in the model's dtype."""
-        embedding = self.time_embedder(timestep).astype(self.dtype)
-        modulation = self.time_proj(silu(embedding))
-        return embedding, modulation.reshape(-1, 6, self.config.dim)  # [B, 6C] -> [B, 6, C]
-
-    def text(self, rows: Array) -> Array:
-        return self.text_embedder(rows)
-
-    def __call__(self, timestep: Array, rows: Array):
-        return self.time(timestep), self.text(rows)
 
 
 class Attention(nn.Module):
@@ -164,16 +88,25 @@ class Attention(nn.Module):
             size = self.config.num_attention_heads if self.config.history_scale_mode == "per_head" else 1
             self.history_key_scale = self.param("history_key_scale", nn.initializers.ones, (size,), jnp.float32)
 
-    def self_attention(self, x: Array, cos: Array, sin: Array, history_length: int) -> Array:
-        """x [B, S, C] -> [B, S, C]; cos, sin [S, D/2]."""
-        key_scale = None
-        if self.config.is_amplify_history:
-            key_scale = 1.0 + jax.nn.sigmoid(self.history_key_scale) * 9.0
+    def _history_scale(self) -> Array | None:
+        return 1.0 + jax.nn.sigmoid(self.history_key_scale) * 9.0 if self.config.is_amplify_history else None
+
+    def self_attention(self, x: Array, cos: Array, sin: Array, history_length: int,
+                       history: HistoryKeysValues | None = None) -> Array:
+        """x [B, S, C] -> [B, S, C]; cos, sin [S, D/2]. ``history`` stands for history tokens that are not in x."""
+        restrict = self.config.restrict_self_attn and 0 < history_length < x.shape[1]
         out = compacted_attention(
             self.to_q(x), self.to_k(x), self.to_v(x), norm_q=self.norm_q(), norm_k=self.norm_k(), cos=cos, sin=sin,
             num_heads=self.config.num_attention_heads, eps=self.config.eps, history_length=history_length,
-            history_key_scale=key_scale, implementation=self.implementation)
+            history_key_scale=self._history_scale(), restrict_self_attn=restrict, history=history,
+            implementation=self.implementation)
         return self.to_out_0(out)
+
+    def history_keys_values(self, x: Array, cos: Array, sin: Array) -> HistoryKeysValues:
+        """Of history tokens x [B, H, C]."""
+        return prepare_history(
+            self.to_k(x), self.to_v(x), norm_k=self.norm_k(), cos=cos, sin=sin, eps=self.config.eps,
+            num_heads=self.config.num_attention_heads, history_key_scale=self._history_scale())
 
     def text_keys_values(self, rows: Array) -> tuple[Array, Array]:
         """Projected prompt rows [B, K, C] -> normed keys and values, each [B, K, N, D]."""
@@ -267,40 +200,50 @@ class Block(nn.Module):
             "scale_shift_table", nn.with_logical_partitioning(nn.initializers.normal(config.dim**-0.5),
                                                               (None, "embed")), (6, config.dim), jnp.float32)
 
-    def __call__(self, x: Array, modulation: Segments, text: TextContext | TextRows, cos: Array, sin: Array,
-                 history_length: int) -> Array:
+    def __call__(self, x: Array, modulation: Segments, text: TextContext | TextRows | None, cos: Array, sin: Array,
+                 history_length: int, history: HistoryKeysValues | None = None) -> Array:
         """One block.
 
         Args:
           x: [B, S, C] in the model's dtype.
           modulation: of the timestep, before this block's table is added.
-          text: this layer's keys and values [B, K, N, D], or the projected rows.
+          text: this layer's keys and values [B, K, N, D], or the projected rows; None where x is history only.
           cos, sin: [S, D/2] float32.
           history_length: number of history tokens at the front.
+          history: this layer's keys and values of history tokens that are not in x.
         Returns: [B, S, C].
         """
         x = constrain(x, "batch", "sequence", None)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._per_token(modulation, x.shape[1], history_length)
 
         y = layer_norm(x, self.config.eps) * (1 + scale1) + shift1
-        y = self.attn1.self_attention(y.astype(self.dtype), cos, sin, history_length)
+        y = self.attn1.self_attention(y.astype(self.dtype), cos, sin, history_length, history)
         x = (x.astype(jnp.float32) + y * gate1).astype(self.dtype)
 
         # With guidance_cross_attn only the current tokens read the prompt.
         start = history_length if self.config.guidance_cross_attn else 0
-        queries = x[:, start:]
-        y = self.norm2(queries).astype(self.dtype) if self.config.cross_attn_norm else queries
-        if isinstance(text, TextRows):
-            keys, values = self.attn2.text_keys_values(text.rows)
-        else:
-            keys, values = text.keys, text.values
-        queries = queries + self.attn2.cross(y, keys, values, text.bias)
-        x = jnp.concatenate([x[:, :start], queries], axis=1) if start else queries
+        if start < x.shape[1]:
+            queries = x[:, start:] + self._read_prompt(x[:, start:], text)
+            x = jnp.concatenate([x[:, :start], queries], axis=1) if start else queries
 
         y = layer_norm(x, self.config.eps) * (1 + scale2) + shift2
         y = self.ffn(y.astype(self.dtype))
         x = (x.astype(jnp.float32) + y.astype(jnp.float32) * gate2).astype(self.dtype)
         return constrain(x, "batch", "sequence", None)
+
+    def _read_prompt(self, x: Array, text: TextContext | TextRows) -> Array:
+        y = self.norm2(x).astype(self.dtype) if self.config.cross_attn_norm else x
+        if isinstance(text, TextRows):
+            keys, values = self.attn2.text_keys_values(text.rows)
+        else:
+            keys, values = text.keys, text.values
+        return self.attn2.cross(y, keys, values, text.bias)
+
+    def history_keys_values(self, x: Array, modulation: Segments, cos: Array, sin: Array) -> HistoryKeysValues:
+        """Of history tokens x [B, H, C] in front of this block."""
+        shift, scale, *_ = self._per_token(modulation, x.shape[1], x.shape[1])
+        y = layer_norm(x, self.config.eps) * (1 + scale) + shift
+        return self.attn1.history_keys_values(y.astype(self.dtype), cos, sin)
 
     def _per_token(self, modulation: Segments, length: int, history_length: int) -> list[Array]:
         """Six float32 vectors that broadcast over [B, S, C]; a select per token, which XLA fuses away."""
@@ -418,11 +361,12 @@ class HeliosTransformer:
         latents: Array,
         timestep: Array,
         text: TextContext | TextRows,
-        history: History | Array | None = None,
+        history: History | Array | HistoryContext | None = None,
         *,
         indices: FrameIndices | None = None,
         history_size: tuple[int, int] | None = None,
-    ) -> Array:
+        features: tuple[int, ...] = (),
+    ) -> Array | tuple[Array, Array]:
         """Velocity of the current frames.
 
         Args:
@@ -430,11 +374,13 @@ class HeliosTransformer:
           latents: [B, T, h, w, 16] noisy frames at any pyramid resolution; h, w even.
           timestep: [B] in 0...1000.
           text: from :meth:`text_context` (sampling) or :meth:`text_rows` (training).
-          history: latents, or their tokens from :meth:`embed_history`, or None for no history.
+          history: latents, or their tokens from :meth:`embed_history`, or their keys and values from
+            :meth:`history_context`, or None for no history.
           indices: frame indices; default: the window [anchor | long | mid | 1x | current] with history, 0...T-1
             without.
           history_size: (H', W') of the history latents; needed only where ``history`` is given as tokens.
-        Returns: [B, T, h, w, 16] in the model's dtype.
+          features: blocks, counted from 0, behind which the current tokens are returned, too.
+        Returns: [B, T, h, w, 16] in the model's dtype; with ``features`` also the tokens [F, B, T, h/2, w/2, C].
         """
         config = self.config
         params, lora = variables["params"], variables.get("lora") or {}
@@ -444,7 +390,9 @@ class HeliosTransformer:
         x = self._run(self._patch("patch_embedding"), "patch_embedding", params, lora, latents)
         x = rearrange(x, "b t y x c -> b (t y x) c")
         history_length = 0
-        if history is not None:
+        if isinstance(history, HistoryContext):
+            indices = FrameIndices((indices or FrameIndices.for_history(frames=frames)).current)
+        elif history is not None:
             if isinstance(history, History):
                 history_size = history.short.shape[2:4]
                 counts = tuple(part.shape[1] for part in (history.long, history.mid))
@@ -466,12 +414,15 @@ class HeliosTransformer:
         if config.zero_history_timestep and history_length:
             _, at_zero = self._run(self._conditions, "condition_embedder", params, lora, jnp.zeros(1),
                                    method=ConditionEmbedder.time)
-        x = self._blocks(params["blocks"], lora.get("blocks"), x, Segments(modulation, at_zero), text, cos, sin,
-                         history_length)
+        x, kept = self._blocks(params["blocks"], lora.get("blocks"), x, Segments(modulation, at_zero), text, cos, sin,
+                               history_length, history if isinstance(history, HistoryContext) else None, features)
         head_params = {name: params[name] for name in _HEAD}
         head_lora = {name: lora[name] for name in _HEAD if name in lora}
         x = self._head.apply({"params": head_params, "lora": head_lora}, x[:, history_length:], embedding)
-        return unpatchify(x, frames, rows, columns)
+        velocity = unpatchify(x, frames, rows, columns)
+        if not features:
+            return velocity
+        return velocity, rearrange(kept, "f b (t y x) c -> f b t y x c", t=frames, y=rows, x=columns)
 
     def embed_history(self, variables: Mapping[str, Any], history: History) -> Array:
         """History latents -> tokens [B, S_history, C] in the order long, mid, short.
@@ -486,6 +437,38 @@ class HeliosTransformer:
             x = self._run(self._patch(name), name, params, lora, padded)
             parts.append(rearrange(x, "b t y x c -> b (t y x) c"))
         return jnp.concatenate(parts, axis=1)
+
+    def history_context(self, variables: Mapping[str, Any], history: History, indices: FrameIndices | None = None
+                        ) -> HistoryContext:
+        """The history's keys and values in every layer of a model with ``restrict_self_attn``: once per chunk.
+
+        Args:
+          variables: as for :meth:`apply`.
+          history: latents.
+          indices: as for :meth:`apply`.
+
+        Raises:
+          UserError: history tokens of this model see the noise.
+        """
+        if not self.config.restrict_self_attn:
+            raise UserError("restrict_self_attn: must be true for the history's keys and values to be kept, got False")
+        params, lora = variables["params"], variables.get("lora") or {}
+        x = self.embed_history(variables, history)
+        indices = dataclasses.replace(indices or FrameIndices.for_history(), current=())
+        rows, columns = history.short.shape[2] // 2, history.short.shape[3] // 2
+        cos, sin = (jnp.asarray(table) for table in rotary_tables(indices, (rows, columns), (rows, columns),
+                                                                   self.config.rope_dim, self.config.rope_theta))
+        _, at_zero = self._run(self._conditions, "condition_embedder", params, lora, jnp.zeros(1),
+                               method=ConditionEmbedder.time)
+        modulation = Segments(at_zero, at_zero)
+
+        def one_layer(x, layer):
+            own = self._layer_variables(*layer)
+            keys_values = self._block.apply(own, x, modulation, cos, sin, method=Block.history_keys_values)
+            return self._block.apply(own, x, modulation, None, cos, sin, x.shape[1]), HistoryContext(*keys_values)
+
+        _, context = jax.lax.scan(one_layer, x, (params["blocks"], lora.get("blocks")))
+        return context
 
     def text_rows(self, variables: Mapping[str, Any], rows: Array, lengths: Array, total: int = 512) -> TextRows:
         """Projects prompt embeddings and folds the padded rows into one.
@@ -523,23 +506,32 @@ class HeliosTransformer:
         return TextContext(keys, values, text.bias)
 
     def _blocks(self, blocks: Params, lora: Params | None, x: Array, modulation: Segments,
-                text: TextContext | TextRows, cos: Array, sin: Array, history_length: int) -> Array:
-        """The only loop over layers."""
+                text: TextContext | TextRows, cos: Array, sin: Array, history_length: int,
+                history: HistoryContext | None, features: tuple[int, ...]) -> tuple[Array, Array | None]:
+        """The only loop over layers. Returns all tokens, and the current ones behind the blocks ``features``."""
+        kept = slots = None
+        if features:  # every layer writes its tokens somewhere; those that nobody wants overwrite each other
+            slots = jnp.asarray([features.index(i) if i in features else len(features)
+                                 for i in range(self.config.num_layers)])
+            kept = jnp.zeros((len(features) + 1, *x[:, history_length:].shape), x.dtype)
 
-        def one_layer(x, layer):
-            params, adapter, keys_values = layer
+        def one_layer(carry, layer):
+            x, kept = carry
+            params, adapter, keys_values, past, slot = layer
             layer_text = text if keys_values is None else TextContext(*keys_values, text.bias)
             y = self._block.apply(self._layer_variables(params, adapter), x, modulation, layer_text, cos, sin,
-                                  history_length)
-            return y, None
+                                  history_length, past and HistoryKeysValues(*past))
+            if features:
+                kept = jax.lax.dynamic_update_index_in_dim(kept, y[:, history_length:], slot, 0)
+            return (y, kept), None
 
         if self.remat is not None:
             policy = getattr(jax.checkpoint_policies, self.remat)
             one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
         keys_values = (text.keys, text.values) if isinstance(text, TextContext) else None
         unroll = self.unroll or self.config.num_layers
-        x, _ = jax.lax.scan(one_layer, x, (blocks, lora, keys_values), unroll=unroll)
-        return x
+        (x, kept), _ = jax.lax.scan(one_layer, (x, kept), (blocks, lora, keys_values, history, slots), unroll=unroll)
+        return x, kept[:-1] if features else None
 
     # -- pieces -------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from helios_jax.diffusion import guidance, noise, pyramid, solvers
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.noise import NoiseSource
 from helios_jax.diffusion.schedules import Schedule, latent_tokens, make_schedule, pyramid_schedules, stage_table
-from helios_jax.models.transformer import HeliosTransformer, TextContext
+from helios_jax.models.transformer import HeliosTransformer, HistoryContext, TextContext
 from helios_jax.sharding import Partition
 
 Array = jax.Array
@@ -67,12 +67,29 @@ class SamplingPlan:
         return self.guidance_scale > 1
 
 
+class ChunkSteps(NamedTuple):
+    """The steps of one chunk: a schedule per stage and, where a run is observed, the indices of the steps whose input
+    is kept, [k] per stage."""
+
+    schedules: tuple[Schedule, ...]
+    observed: tuple[np.ndarray, ...] | None = None
+
+
 class StageTables(NamedTuple):
     """The steps of one stage as data: padded to the run's largest step count, with the count beside them."""
 
     coefficients: solvers.Coefficients
     timesteps: np.ndarray  # [n_max] float32, what the transformer is given
     count: np.ndarray  # [] int32, steps to run
+    observed: np.ndarray  # [k_max] int32, steps whose input is kept; -1 for none
+
+
+class StageResult(NamedTuple):
+    """What a stage made: its last sample [B, T, h_i, w_i, C], and the inputs of the observed steps
+    [k_max, B, T, h_i, w_i, C] (zeros where fewer were asked for); float32."""
+
+    sample: Array
+    observed: Array
 
 
 class ChunkSampler:
@@ -84,17 +101,21 @@ class ChunkSampler:
       plan: the run.
       height, width: pixel size; multiples of 16 * 2**(stages - 1).
       latent_channels: of the VAE.
+      own_steps: of the first chunk and of all others, in place of the plan's.
       partition: the mesh to run on, or None.
     """
 
     def __init__(self, model: HeliosTransformer, scheduler: SchedulerConfig, plan: SamplingPlan, height: int,
-                 width: int, latent_channels: int = 16, partition: Partition | None = None):
+                 width: int, latent_channels: int = 16, own_steps: tuple[ChunkSteps, ChunkSteps] | None = None,
+                 partition: Partition | None = None):
         self.model, self.scheduler, self.plan = model, scheduler, plan
         self.size = (height // 8, width // 8)
         self.channels = latent_channels
         self.stages = len(plan.steps)
-        self._tables = {amplify: self._stage_tables(amplify) for amplify in {False, plan.amplify_first_chunk}}
+        steps = own_steps or (ChunkSteps(self.schedules(plan.amplify_first_chunk)), ChunkSteps(self.schedules()))
+        self._first_tables, self._tables = _stage_tables(scheduler, steps)
         self._noise_shape = sharding.jit(partition, lambda x: pyramid.noise_pyramid(x, self.stages)[0])
+        self._history_program = sharding.jit(partition, self._past) if model.config.restrict_self_attn else None
         # Later stages enlarge their input, whose memory is then of no use to them.
         self._stage_programs = [sharding.jit(partition, functools.partial(self._stage, stage),
                                              donate_argnums=() if stage else 1) for stage in range(self.stages)]
@@ -106,17 +127,6 @@ class ChunkSampler:
             tokens = latent_tokens(frames, h, w)
             return (make_schedule(self.scheduler, self.plan.steps[0], tokens=tokens, amplify=amplify),)
         return pyramid_schedules(self.scheduler, self.plan.steps, frames=frames, height=h, width=w, amplify=amplify)
-
-    def _stage_tables(self, amplify: bool) -> list[StageTables]:
-        tables = []
-        for schedule, steps in zip(self.schedules(amplify), self.plan.steps, strict=True):
-            largest = steps * (2 if self.plan.amplify_first_chunk else 1)
-            pad = largest - schedule.num_steps
-            coefficients = jax.tree.map(lambda c, pad=pad: np.pad(c, [(0, pad)] + [(0, 0)] * (c.ndim - 1)),
-                                        solvers.solver_coefficients(self.scheduler, schedule))
-            timesteps = np.pad(schedule.model_timesteps, (0, pad)).astype(np.float32)
-            tables.append(StageTables(coefficients, timesteps, np.int32(schedule.num_steps)))
-        return tables
 
     def draw(self, source: NoiseSource, chunk: int, batch: int) -> list[Array]:
         """All noise of one chunk, in the order in which the original draws it.
@@ -135,7 +145,12 @@ class ChunkSampler:
 
     def denoise(self, variables: Mapping[str, Any], drawn: Sequence[Array], chunk: int, text: TextContext,
                 history: Array, anchor: Array) -> Array:
-        """One chunk of clean latents.
+        """One chunk of clean latents, [B, 9, h, w, C] float32; arguments as :meth:`trajectory`."""
+        return self.trajectory(variables, drawn, chunk, text, history, anchor)[-1].sample
+
+    def trajectory(self, variables: Mapping[str, Any], drawn: Sequence[Array], chunk: int, text: TextContext,
+                   history: Array, anchor: Array) -> list[StageResult]:
+        """One chunk, with what every stage made of it; the last stage's sample is the clean latents.
 
         Args:
           variables: of the transformer, ``{"params": ..., "lora": ...}``.
@@ -143,15 +158,18 @@ class ChunkSampler:
           chunk: its index in the video.
           text: context of the B prompts, followed by the B negative prompts where guidance is on ([2B]).
           history: [B, 19, h, w, C] float32; anchor: [B, 1, h, w, C].
-        Returns: [B, 9, h, w, C] float32.
         """
         x, *blocks = drawn
-        tables = self._tables[self.plan.amplify_first_chunk and chunk == 0]
+        tables = self._tables if chunk else self._first_tables
         if self.stages > 1:
             x = self._noise_shape(x)  # full-resolution noise -> the lowest level's
-        for stage, (program, block) in enumerate(zip(self._stage_programs, [None, *blocks], strict=True)):
-            x = program(variables, x, block, text, history, anchor, tables[stage])
-        return x
+        # Where the history sees itself alone, its keys and values serve all steps of all stages.
+        past = self._history_program and self._history_program(variables, history, anchor)
+        results = []
+        for program, block, stage_tables in zip(self._stage_programs, [None, *blocks], tables, strict=True):
+            results.append(program(variables, x, block, text, history, anchor, stage_tables, past))
+            x = results[-1].sample
+        return results
 
     def input_shapes(self, stage: int, batch: int) -> tuple[tuple[int, ...] | None, ...]:
         """Shapes of what one stage's program reads beside the text: latents, noise of the transition into the stage
@@ -173,23 +191,32 @@ class ChunkSampler:
           inputs: arrays of :meth:`input_shapes`.
         """
         x, block, history, anchor = inputs
-        return self._stage_programs[stage].trace(variables, x, block, text, history, anchor, self._tables[False][stage])
+        past = self._history_program and jax.eval_shape(self._history_program, variables, history, anchor)
+        return self._stage_programs[stage].trace(variables, x, block, text, history, anchor, self._tables[stage], past)
 
     def compiled_programs(self) -> int:
         """How many programs have been compiled so far."""
-        return self._noise_shape._cache_size() + sum(program._cache_size() for program in self._stage_programs)
+        programs = [self._noise_shape, *self._stage_programs, *filter(None, [self._history_program])]
+        return sum(program._cache_size() for program in programs)
+
+    def _past(self, variables: Mapping[str, Any], history: Array, anchor: Array) -> Array | HistoryContext:
+        """What the transformer is given of the past: tokens [B or 2B, S_history, C], or their keys and values."""
+        tiers = self.plan.layout.split(history, anchor)
+        tiers = jax.tree.map(lambda part: part.astype(self.model.dtype), tiers)
+        if self.model.config.restrict_self_attn:
+            context = self.model.history_context(variables, tiers, self.plan.layout.indices())
+            return jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), context) if self.plan.guided else context
+        tokens = self.model.embed_history(variables, tiers)
+        return jnp.concatenate([tokens, tokens]) if self.plan.guided else tokens
 
     def _stage(self, stage: int, variables: Mapping[str, Any], x: Array, block: Array | None, text: TextContext,
-               history: Array, anchor: Array, tables: StageTables) -> Array:
+               history: Array, anchor: Array, tables: StageTables, past: HistoryContext | None) -> StageResult:
         """All steps of one stage; compiled once per stage."""
         plan = self.plan
         if stage:
             x = pyramid.transition(x, block, stage_table(self.scheduler)[stage])
-        tiers = plan.layout.split(history, anchor)
-        tiers = jax.tree.map(lambda part: part.astype(self.model.dtype), tiers)
-        # The history's tokens depend on neither the step nor the prompt.
-        past = self.model.embed_history(variables, tiers)
-        past = jnp.concatenate([past, past]) if plan.guided else past  # [B or 2B, S_history, C]
+        if past is None:  # tokens depend on neither the step nor the prompt
+            past = self._past(variables, history, anchor)
 
         def velocity(sample: Array, timestep: Array) -> Array:
             batch = sample.shape[0]
@@ -211,8 +238,33 @@ class ChunkSampler:
                 state = solvers.step(solvers.row(tables.coefficients, first), state, jnp.zeros_like(state.sample))
                 first += 1
 
-        def body(i: Array, state: solvers.SolverState) -> solvers.SolverState:
+        def body(i: Array, carry: tuple[solvers.SolverState, Array]) -> tuple[solvers.SolverState, Array]:
+            state, observed = carry
+            here = (tables.observed == i).reshape(-1, *[1] * state.sample.ndim)  # [k, 1, ...]
+            observed = jnp.where(here, state.sample, observed)
             v = velocity(state.sample, tables.timesteps[i])
-            return solvers.step(solvers.row(tables.coefficients, i), state, v)
+            return solvers.step(solvers.row(tables.coefficients, i), state, v), observed
 
-        return jax.lax.fori_loop(first, tables.count, body, state).sample
+        nothing = jnp.zeros((len(tables.observed), *state.sample.shape), jnp.float32)
+        state, observed = jax.lax.fori_loop(first, tables.count, body, (state, nothing))
+        return StageResult(state.sample, observed)
+
+
+def _stage_tables(scheduler: SchedulerConfig, chunks: Sequence[ChunkSteps]) -> list[list[StageTables]]:
+    """The tables of every stage, for each of several kinds of chunks that share the programs and so the shapes."""
+    stages = range(len(chunks[0].schedules))
+    largest = [max(chunk.schedules[stage].num_steps for chunk in chunks) for stage in stages]
+    observed = [[np.asarray(chunk.observed[stage] if chunk.observed else (), np.int32) for stage in stages]
+                for chunk in chunks]
+    most = [max(len(kept[stage]) for kept in observed) for stage in stages]
+
+    def tables(schedule: Schedule, kept: np.ndarray, stage: int) -> StageTables:
+        pad = largest[stage] - schedule.num_steps
+        coefficients = jax.tree.map(lambda c: np.pad(c, [(0, pad)] + [(0, 0)] * (c.ndim - 1)),
+                                    solvers.solver_coefficients(scheduler, schedule))
+        timesteps = np.pad(schedule.model_timesteps, (0, pad)).astype(np.float32)
+        return StageTables(coefficients, timesteps, np.int32(schedule.num_steps),
+                           np.pad(kept, (0, most[stage] - len(kept)), constant_values=-1))
+
+    return [[tables(chunk.schedules[stage], kept[stage], stage) for stage in stages]
+            for chunk, kept in zip(chunks, observed, strict=True)]

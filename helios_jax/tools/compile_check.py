@@ -33,7 +33,7 @@ import jax
 
 from helios_jax.data.buckets import latent_folders
 from helios_jax.data.pipeline import BUCKETS_FILE, DATASET_FILE
-from helios_jax.data.random_latents import write_random_latents
+from helios_jax.data.random_latents import write_random_latents, write_random_ode_pairs
 from helios_jax.errors import UserError, command_line
 from helios_jax.sharding import Partition
 from helios_jax.tools.roofline import CHIPS, Chip, Collective, collectives, model_time
@@ -120,7 +120,7 @@ def stand_in_data(values: Mapping[str, Any], size: tuple[int, int]) -> Iterator[
     """
     values = {**values, "sample_every": 0, "objective": dict(values["objective"])}
     objective, notes = values["objective"], []
-    for field in ("model", "sample", "validation"):
+    for field in ("model", "sample", "validation", "negative_prompt"):
         objective.pop(field, None)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(objective.get("data", ""))
@@ -131,9 +131,10 @@ def stand_in_data(values: Mapping[str, Any], size: tuple[int, int]) -> Iterator[
             notes.append(f"{data}: data of several sizes, the step is that of {largest}")
         elif "data" in objective and not (data / DATASET_FILE).is_file():
             transformer = objective.get("transformer", {})
-            write_random_latents(folder, clips=1, sections=2, height=size[0] // 8, width=size[1] // 8,
-                                 channels=transformer.get("in_channels", 16), text_rows=512,
-                                 text_dim=transformer.get("text_dim", 4096))
+            write = write_random_ode_pairs if objective["name"] == "stage3_ode" else write_random_latents
+            write(folder, clips=1, sections=objective.get("sections", 2), height=size[0] // 8, width=size[1] // 8,
+                  channels=transformer.get("in_channels", 16), text_rows=512,
+                  text_dim=transformer.get("text_dim", 4096))
             notes.append(f"{objective['data'] or 'no data folder'}: not there; random records of {size[0]}x{size[1]} "
                          "with 512 caption rows stand in")
             objective["data"] = folder

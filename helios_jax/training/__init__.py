@@ -8,9 +8,10 @@
     checkpoint.py   Orbax: parameters, EMA, optimizer and data position in one atomic step folder
     metrics.py      JSONL and TensorBoard scalars, sample videos
     corruption.py   history corruption against drift
-    flow.py         what stages 1 and 2 share: the context of a sample, the loss of a batch, the objective
+    flow.py         what the stages share: the context of a sample, the loss of a batch, the objective
     stage1.py       the stage-1 objective (flow matching at full resolution)
     stage2.py       the stage-2 objective (flow matching on a pyramid of resolutions)
+    stage3_ode.py   the first objective of stage 3 (regression of a teacher's trajectories in few steps)
     weights.py      which parameters are trained: all, or low-rank adapters beside a fixed base
     presets.py      sizes, and what the configurations of the original's runs have in common
     validation.py   sample videos during training, and the export of a trained transformer

@@ -87,6 +87,7 @@ class RunConfig:
       keep_last, keep_every: the newest ``keep_last`` checkpoints stay, and besides them every checkpoint whose step is
         a multiple of ``keep_every`` (0: none).
       ema_decay: decay of the moving average, reached after a warm-up; 0 switches it off.
+      ema_start_step: up to this step the average is a plain copy, and the warm-up begins there; 0: no plain copies.
       mesh: over how many devices what is divided; one device by default.
     """
 
@@ -101,6 +102,7 @@ class RunConfig:
     keep_every: int = 0
     sample_every: int = 0
     ema_decay: float = 0.999
+    ema_start_step: int = 0
     tensorboard: bool = True
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = 1
@@ -109,7 +111,7 @@ class RunConfig:
     def __post_init__(self):
         for field in ("batch_size", "num_steps", "log_every", "checkpoint_every", "keep_last", "accumulate"):
             require(getattr(self, field) > 0, f"{field}: must be positive, got {getattr(self, field)}")
-        for field in ("seed", "keep_every", "sample_every"):
+        for field in ("seed", "keep_every", "sample_every", "ema_start_step"):
             require(getattr(self, field) >= 0, f"{field}: must be 0 or more, got {getattr(self, field)}")
         require(0 <= self.ema_decay < 1, f"ema_decay: in [0, 1), got {self.ema_decay}")
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +31,9 @@ from helios_jax.convert.folder import read_component_config
 from helios_jax.convert.load import load_component
 from helios_jax.convert.rules import abstract_params
 from helios_jax.data.buckets import bucketed_dataset, folder_buckets, latent_folders, most_frequent
+from helios_jax.data.pipeline import LatentFolder, MakeItem, latent_items
 from helios_jax.diffusion.history import HistoryLayout
-from helios_jax.models.transformer import HeliosTransformer
+from helios_jax.models.transformer import HeliosTransformer, TextRows
 from helios_jax.training.config import RunConfig, require
 from helios_jax.training.corruption import CorruptionConfig, CorruptionRandomness, corrupt
 from helios_jax.training.objective import BaseParams, Objective, sample_keys
@@ -89,12 +91,11 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowConfig:
-    """Settings that both stages have.
+class ModelConfig:
+    """Settings of every objective that trains the transformer.
 
     Attributes:
-      data: folder of latent records of one size, or a data set of several sizes; see :mod:`helios_jax.data.extract` and
-        :mod:`helios_jax.data.build_latents`. Validation and samples have the most frequent size.
+      data: folder of records.
       model: model folder with the VAE, the text encoder and the tokenizer that made the records; needed for samples
         and for the exported model; empty for neither.
       transformer: its sizes.
@@ -103,9 +104,6 @@ class FlowConfig:
       dtype: 'float32' or 'bfloat16', of the computation; trained parameters are float32.
       unroll: layers per iteration of the scan over layers, 0 for all.
       remat: name of a ``jax.checkpoint_policies`` entry, or None.
-      task_mix, corruption: see there.
-      timesteps: 'logit_normal', or 'uniform' (the original's weighting_scheme 'none').
-      caption_dropout: probability of the empty prompt.
       threads: of the input pipeline.
       sample: videos during training.
       validation: the loss on fixed examples, measured whenever samples are made.
@@ -122,10 +120,6 @@ class FlowConfig:
     dtype: str = "float32"
     unroll: int = 1
     remat: str | None = None
-    task_mix: TaskMix = TaskMix()
-    corruption: CorruptionConfig = CorruptionConfig()
-    timesteps: str = "logit_normal"
-    caption_dropout: float = 0.1
     threads: int = 1
     sample: SampleConfig = SampleConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -135,9 +129,6 @@ class FlowConfig:
         require(self.dtype in ("float32", "bfloat16"), f"objective.dtype: 'float32' or 'bfloat16', got {self.dtype!r}")
         require(self.export_dtype in ("float32", "float16", "bfloat16"),
                 f"objective.export_dtype: 'float32', 'float16' or 'bfloat16', got {self.export_dtype!r}")
-        require(self.timesteps in ("logit_normal", "uniform"),
-                f"objective.timesteps: 'logit_normal' or 'uniform', got {self.timesteps!r}")
-        require(0 <= self.caption_dropout <= 1, f"objective.caption_dropout: in [0, 1], got {self.caption_dropout}")
         require(self.unroll >= 0, f"objective.unroll: 0 or more, got {self.unroll}")
         require(self.threads > 0, f"objective.threads: must be positive, got {self.threads}")
         require(self.remat is None or hasattr(jax.checkpoint_policies, self.remat),
@@ -151,6 +142,28 @@ class FlowConfig:
     def entries(self) -> tuple[int, ...]:
         """The pyramid level of every noisy version of a sample; stage 1 has one version, at full resolution."""
         return (0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig(ModelConfig):
+    """Settings that both stages have; ``data`` is written by :mod:`helios_jax.data.build_latents`.
+
+    Attributes:
+      task_mix, corruption: see there.
+      timesteps: 'logit_normal', or 'uniform' (the original's weighting_scheme 'none').
+      caption_dropout: probability of the empty prompt.
+    """
+
+    task_mix: TaskMix = TaskMix()
+    corruption: CorruptionConfig = CorruptionConfig()
+    timesteps: str = "logit_normal"
+    caption_dropout: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.timesteps in ("logit_normal", "uniform"),
+                f"objective.timesteps: 'logit_normal' or 'uniform', got {self.timesteps!r}")
+        require(0 <= self.caption_dropout <= 1, f"objective.caption_dropout: in [0, 1], got {self.caption_dropout}")
 
 
 # --- One sample ------------------------------------------------------------------------------------------------------
@@ -248,6 +261,37 @@ def timestep_index(number: jax.Array, sampling: str) -> jax.Array:
 # --- A batch ---------------------------------------------------------------------------------------------------------
 
 
+class Conditions(NamedTuple):
+    """What a network needs besides noisy latents and their timestep, made once for all its calls on a batch.
+
+    variables: its parameters; history: tokens [B, S_history, C]; text: projected prompt rows.
+    """
+
+    variables: PyTree
+    history: jax.Array
+    text: TextRows
+
+
+def make_conditions(model: HeliosTransformer, variables: PyTree, layout: HistoryLayout, context: Context) -> Conditions:
+    """Of the contexts of a batch, [B, ...]."""
+    tiers = layout.split(context.frames[:, 1:], context.frames[:, :1])
+    history = model.embed_history(variables, jax.tree.map(lambda tier: tier.astype(model.dtype), tiers))
+    return Conditions(variables, history, model.text_rows(variables, context.text, context.text_length))
+
+
+def conditions_repeated(conditions: Conditions, repeats: int) -> Conditions:
+    """For so many noisy versions of every sample, [B r, ...], the versions of a sample side by side."""
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), (conditions.history, conditions.text))
+    return Conditions(conditions.variables, *repeated)
+
+
+def velocity(model: HeliosTransformer, layout: HistoryLayout, history_size: tuple[int, int], conditions: Conditions,
+             noisy: jax.Array, timestep: jax.Array, features: tuple[int, ...] = ()) -> Any:
+    """What the model says of noisy latents [B, 9, h_i, w_i, C] at timesteps [B]: velocity, or it and features."""
+    return model.apply(conditions.variables, noisy.astype(model.dtype), timestep, conditions.text, conditions.history,
+                       history_size=history_size, indices=layout.indices(), features=features)
+
+
 class Errors(NamedTuple):
     """Mean squared errors of a batch, and what is needed to split them.
 
@@ -290,11 +334,11 @@ def summarise(errors: Errors, levels: Sequence[int]) -> tuple[jax.Array, dict[st
     return loss, metrics
 
 
-def make_loss(config: FlowConfig, errors: ErrorFunction):
+def make_loss(config: ModelConfig, errors: ErrorFunction):
     """The loss function of an objective, see :class:`helios_jax.training.objective.Objective`."""
 
     def loss(params: PyTree, frozen: PyTree, batch: dict[str, jax.Array], key: jax.Array):
-        keys = sample_keys(key, batch["target"].shape[0])
+        keys = sample_keys(key, batch["text"].shape[0])
         return summarise(errors(params, frozen, batch, keys), config.entries)
 
     return loss
@@ -303,41 +347,83 @@ def make_loss(config: FlowConfig, errors: ErrorFunction):
 # --- The objective ---------------------------------------------------------------------------------------------------
 
 
-def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTransformer, TrainedWeights], ErrorFunction],
-          index: ModelIndex, scheduler: SchedulerConfig) -> Objective:
+class Data(NamedTuple):
+    """What an objective trains on.
+
+    folder: the records that validation and samples are like; of several sizes, the most frequent one.
+    text_rows: of the longest caption of all sizes.
+    item: makes a training item of one of the folder's records.
+    dataset: the batches.
+    frozen: arrays for the loss.
+    """
+
+    folder: LatentFolder
+    text_rows: int
+    item: MakeItem
+    dataset: grain.IterDataset
+    frozen: PyTree
+
+
+def latent_data(run: RunConfig, layout: HistoryLayout) -> Data:
+    """Records of encoded clips, and the empty prompt for captions that are dropped.
+
+    Raises:
+      UserError: the folder is missing or damaged, or has sections of another length.
+    """
+    config: FlowConfig = run.objective
+    folders = latent_folders(config.data)
+    folder, text_rows = most_frequent(folders), max(size.text_rows for size in folders.values())
+    rows, length = folder.empty_prompt(text_rows)
+    dataset = bucketed_dataset(folder_buckets(config.data), run.batch_size, run.seed, layout, threads=config.threads)
+    return Data(folder, text_rows, latent_items(layout, text_rows), dataset,
+                {"empty": {"text": rows, "text_length": np.int32(length)}})
+
+
+def transformer(config: ModelConfig) -> HeliosTransformer:
+    """The network that a configuration trains."""
+    return HeliosTransformer(config.transformer, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
+                             remat=config.remat)
+
+
+def build(run: RunConfig,
+          make_errors: Callable[[Any, HistoryLayout, HeliosTransformer, TrainedWeights], ErrorFunction] | None,
+          index: ModelIndex, scheduler: SchedulerConfig,
+          make_data: Callable[[RunConfig, HistoryLayout], Data] = latent_data) -> Objective:
     """The objective of a run.
 
     Args:
-      run: with a :class:`FlowConfig` as its objective.
-      make_errors: of the stage.
+      run: with a :class:`ModelConfig` as its objective.
+      make_errors: of the stage; None leaves the loss to the caller, and there is no validation loss.
       index, scheduler: of the model in training, for samples and for the export; the index' native size is set here.
+      make_data: opens the data.
 
     Raises:
       UserError: the data or a model folder is missing or does not fit the transformer.
     """
-    config: FlowConfig = run.objective
+    config: ModelConfig = run.objective
     layout = HistoryLayout()
-    folders = latent_folders(config.data)
-    folder, text_rows = most_frequent(folders), max(size.text_rows for size in folders.values())
+    data = make_data(run, layout)
+    folder = data.folder
     require(folder.text_dim == config.transformer.text_dim,
             f"objective.transformer.text_dim: {config.data} holds embeddings of width {folder.text_dim}, got "
             f"{config.transformer.text_dim}")
     require(folder.channels == config.transformer.in_channels == config.transformer.out_channels,
             f"objective.transformer.in_channels, out_channels: {config.data} holds latents of {folder.channels} "
             f"channels, got {config.transformer.in_channels}, {config.transformer.out_channels}")
-    model = HeliosTransformer(config.transformer, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
-                              remat=config.remat)
+    model = transformer(config)
     weights = trained_weights(config.lora, model)
-    rows, length = folder.empty_prompt(text_rows)
-    base, load_params = _start_values(run, weights)
+    base, load_params = start_values(config.init_from, "objective.init_from", config.lora, weights, config.transformer,
+                                     run.seed)
     adapters = weights.num_adapters if isinstance(weights, LoraTraining) else 0
 
-    errors = make_errors(config, layout, model, weights)
-    frozen = {"empty": {"text": rows, "text_length": np.int32(length)}}
+    errors = make_errors and make_errors(config, layout, model, weights)
     loaded_base = (lambda: None) if base is None else base.load
     measures: list[Callable[[PyTree], dict[str, float]]] = []
     if config.validation.items:
-        validation_loss = ValidationLoss(config.validation, folder, text_rows, layout, errors, config.entries, frozen)
+        require(errors is not None, "objective.validation.items: this objective has no loss to measure, so 0 is "
+                f"allowed, got {config.validation.items}")
+        validation_loss = ValidationLoss(config.validation, folder, data.text_rows, data.item, errors, config.entries,
+                                         data.frozen)
         measures.append(lambda params: validation_loss(params, loaded_base()))
 
     sample = export = None
@@ -364,14 +450,15 @@ def build(run: RunConfig, make_errors: Callable[[Any, HistoryLayout, HeliosTrans
     def work(batch: dict[str, jax.Array]) -> Work:
         return step_work(config, layout, batch, adapters)
 
+    counted = errors is not None and isinstance(config, FlowConfig)  # of other kinds of steps nobody knows the work
     def evaluate(params: PyTree, step: int) -> dict[str, float]:
         return {name: value for measure in measures for name, value in measure(params).items()}
 
     return Objective(
-        init_params=weights.init, load_params=load_params, loss=make_loss(config, errors), per_sample_keys=True,
-        dataset=bucketed_dataset(folder_buckets(config.data), run.batch_size, run.seed, layout, threads=config.threads),
-        frozen=frozen, base=base, sample=sample, fps=folder.fps, evaluate=evaluate if measures else None,
-        export=export, work=work, on_mesh=True)
+        init_params=weights.init, load_params=load_params, loss=errors and make_loss(config, errors),
+        per_sample_keys=True, dataset=data.dataset,
+        frozen=data.frozen, base=base, sample=sample, fps=folder.fps, evaluate=evaluate if measures else None,
+        export=export, work=work if counted else None, on_mesh=True)
 
 
 def step_work(config: FlowConfig, layout: HistoryLayout, batch: dict[str, jax.Array], adapters: int = 0) -> Work:
@@ -394,33 +481,57 @@ def step_work(config: FlowConfig, layout: HistoryLayout, batch: dict[str, jax.Ar
     return Work(batch_size * tokens, batch_size * flops)
 
 
-def _start_values(run: RunConfig, weights: TrainedWeights
-                  ) -> tuple[BaseParams | None, Callable[[PyTree], PyTree] | None]:
-    """The base of a LoRA run, and the start values of the trained parameters; None where there are none."""
-    config: FlowConfig = run.objective
-    if not config.init_from:
+def start_values(init_from: str, field: str, lora: LoraConfig, weights: TrainedWeights, sizes: TransformerConfig,
+                 seed: int) -> tuple[BaseParams | None, Callable[[PyTree], PyTree] | None]:
+    """The base of a LoRA run, and the start values of the trained parameters; None where there are none.
+
+    Args:
+      init_from: model folder, or empty.
+      field: of the configuration that names it.
+      lora, weights: what is trained.
+      sizes: of the transformer.
+      seed: of the run.
+
+    Raises:
+      UserError: the folder's transformer is another one.
+    """
+    if not init_from:
         return None, None
-    folder = Path(config.init_from) / "transformer"
+    folder = Path(init_from) / "transformer"
     # A missing folder is reported when it is read: a program can be compiled without the weights.
-    require(not folder.is_dir() or read_component_config(folder, "transformer") == config.transformer,
-            f"objective.init_from: {config.init_from} holds a transformer of other sizes or options than "
-            "objective.transformer")
-    dtype = jnp.dtype(config.lora.base_dtype if config.lora.rank else "float32")
+    require(not folder.is_dir() or dataclasses.replace(read_component_config(folder, "transformer"),
+                                                       restrict_self_attn=sizes.restrict_self_attn) == sizes,
+            f"{field}: {init_from} holds a transformer of other sizes or options than objective.transformer")
+    dtype = jnp.dtype(lora.base_dtype if lora.rank else "float32")
 
     def load(sharding: Any = None, only: Callable[[tuple[str, ...]], bool] | None = None) -> PyTree:
-        return load_component(folder, "transformer", config.transformer, dtype, sharding, only=only)
+        return load_component(folder, "transformer", sizes, dtype, sharding, only=only)
 
     if not isinstance(weights, LoraTraining):
-        return None, lambda abstract: load(_shardings(abstract))
-    base = BaseParams(abstract_params("transformer", config.transformer, dtype), load)
-    if not config.lora.full:
+        return None, lambda abstract: load(shardings_of(abstract))
+    base = BaseParams(abstract_params("transformer", sizes, dtype), load)
+    if not lora.full:
         return base, None
-    # The loop's keys fold in step numbers, and the largest number for start values.
-    key = jax.random.fold_in(jax.random.key(run.seed), np.uint32(2**32 - 1))
+    key = start_key(seed)
     return base, lambda abstract: weights.start(key, load(only=weights.is_whole))
 
 
-def _shardings(abstract: PyTree) -> PyTree:
+def as_stored(config: ModelConfig, folder: str) -> ModelConfig:
+    """The configuration with the attention of the history that a model folder's transformer was trained with.
+
+    A run may restrict what its base did not; a network that is only asked must run as it is.
+    """
+    path = Path(folder) / "transformer"
+    restrict = path.is_dir() and read_component_config(path, "transformer").restrict_self_attn
+    return dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, restrict_self_attn=restrict))
+
+
+def start_key(seed: int) -> jax.Array:
+    """The key of start values: the loop's keys fold in step numbers, this one the largest number."""
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
+
+
+def shardings_of(abstract: PyTree) -> PyTree:
     """Where parameters shall lie, or None where nobody says so."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return shardings if jax.tree.leaves(shardings) else None

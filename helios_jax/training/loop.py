@@ -25,7 +25,7 @@ from helios_jax.errors import UserError
 from helios_jax.training.checkpoint import Checkpointer, guard_config
 from helios_jax.training.config import RunConfig
 from helios_jax.training.metrics import Writers, duration
-from helios_jax.training.program import Program, TrainState
+from helios_jax.training.program import Program, TrainState, metric_name
 from helios_jax.training.progress import Progress
 
 PyTree = Any
@@ -191,19 +191,20 @@ def _loop(program: Program, state: TrainState, frozen: PyTree, start: int, itera
             if step == start:  # without the start of the input pipeline
                 progress.restart()
         state, metrics = compiled[shapes](state, frozen, batch)
+        pending.append(program.made_metrics(step, metrics))
         step += 1
-        pending.append(metrics)
         progress.step(None if objective.work is None else objective.work(batch))
         if len(pending) > 1:  # at most two steps in flight: a signal or a save never waits for a long queue
             jax.block_until_ready(pending[-2])
 
         if step % run.log_every == 0 or step == run.num_steps:
             values = jax.device_get(pending)
-            means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+            means = {name: float(np.mean([v[name] for v in values if name in v]))
+                     for name in dict.fromkeys(name for v in values for name in v)}
             speed = progress.numbers()
             if writers is not None:
                 writers.scalars(step, {**means, **speed})
-            print_line(progress.line(step, means, speed))
+            print_line(progress.line(step, _losses(program, means), speed))
             if int(state.skipped) >= MAX_SKIPPED_STEPS:
                 raise UserError(f"training diverged: the gradient was not finite for {int(state.skipped)} steps up to "
                                 f"step {step}; the checkpoint of step {checkpointer.latest_step()} is the last good one"
@@ -217,6 +218,16 @@ def _loop(program: Program, state: TrainState, frozen: PyTree, start: int, itera
             with progress.paused(pending):
                 _evaluate(program, state.best_params(), step, writers)
     return state, step
+
+
+def _losses(program: Program, means: dict[str, float]) -> list[str]:
+    """Loss and gradient of every player that had a turn, for the progress line."""
+    parts = []
+    for player in program.optimizer.players:
+        loss, grad = metric_name(player, "loss"), metric_name(player, "grad_norm")
+        if loss in means:
+            parts += [f"{player.name} loss {means[loss]:.5f}".lstrip(), f"grad {means[grad]:.3f}"]
+    return parts
 
 
 def _evaluate(program: Program, params: PyTree, step: int, writers: Writers | None) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,12 +19,17 @@ import numpy as np
 from helios_jax.errors import UserError
 from helios_jax.training.work import Work
 
+if TYPE_CHECKING:
+    from helios_jax.training.config import OptimizerConfig
+
 PyTree = Any
 
 OBJECTIVES = {
     "autoencoder": "helios_jax.training.autoencoder",
     "stage1": "helios_jax.training.stage1",
     "stage2": "helios_jax.training.stage2",
+    "stage3_dmd": "helios_jax.training.stage3_dmd",
+    "stage3_ode": "helios_jax.training.stage3_ode",
     "text_encoder": "helios_jax.training.text_encoder",
 }
 
@@ -47,6 +52,35 @@ class BaseParams:
         return self._loaded
 
 
+class Turn(NamedTuple):
+    """What all samples of a player's turn share: the step's number, int32 [], and a random key."""
+
+    step: jax.Array
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """One of several that train, each its own parameters with its own loss and optimizer.
+
+    Attributes:
+      name: in front of its metrics, and of its part of the optimizer's state.
+      parts: keys of the parameters that it trains; no other player has them.
+      loss: ``loss(params, frozen, batch, keys, turn) -> (loss, metrics)``: as :attr:`Objective.loss`, with all players'
+        parameters (the gradient is taken in its own parts), one key per sample, and a :class:`Turn`.
+      optimizer: settings; clipping, schedule and learning rate are its own. The schedule counts turns.
+      every: it plays in the steps 0, every, 2 every, ...; in others its loss is not computed.
+      averaged: whether the moving average follows its parts. It does so once per turn.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    loss: Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array, Turn], tuple[jax.Array, dict[str, jax.Array]]]
+    optimizer: OptimizerConfig
+    every: int = 1
+    averaged: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """One training objective.
@@ -56,6 +90,7 @@ class Objective:
         nested dict of unboxed float32 arrays.
       loss: ``loss(params, frozen, batch, key) -> (loss, metrics)``: float32 scalar, the mean over the batch, and a
         flat dict of float32 scalars, pure and traceable. ``key`` is unique to (seed, step); draw per sample from it.
+        None where there are players.
       dataset: a ``grain.IterDataset`` (or anything whose iterator has ``get_state`` and ``set_state``) that yields
         dicts of numpy arrays with the batch as leading axis, without end. With several processes each yields only its
         own rows of the batch; :func:`helios_jax.data.pipeline.batches` does that. The iterator's state must be the
@@ -73,6 +108,9 @@ class Objective:
       sample: ``sample(params, step) -> {name: uint8 [F, H, W, 3]}``: videos to look at, from the EMA parameters if
         there are any.
       fps: frames per second of these videos.
+      players: several that take turns in every step, in this order, each seeing what those before it changed; instead
+        of ``loss``. The params are then a dict with the parts of all. ``sample``, ``evaluate`` and ``export`` receive
+        the averaged parts, or all without an average.
       evaluate: ``evaluate(params, step) -> {name: float}``: validation numbers, logged with the samples.
       export: ``export(params, folder) -> None``: writes the final (EMA) parameters in the published layout.
       work: ``work(batch) -> Work``: tokens and operations of a step on a batch, of which only the shapes are read.
@@ -82,7 +120,7 @@ class Objective:
     """
 
     init_params: Callable[[jax.Array], PyTree]
-    loss: Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]] | None
     dataset: Any
     frozen: PyTree = dataclasses.field(default_factory=dict)
     base: BaseParams | None = None
@@ -95,6 +133,7 @@ class Objective:
     export: Callable[[PyTree, str], None] | None = None
     work: Callable[[dict[str, jax.Array]], Work] | None = None
     on_mesh: bool = False
+    players: tuple[Player, ...] = ()
 
 
 def sample_keys(key: jax.Array, batch_size: int) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -72,11 +72,11 @@ class Progress:
                 numbers["mfu"] = self._work.flops / elapsed / self._peak
         return numbers
 
-    def line(self, step: int, means: dict[str, float], numbers: dict[str, float]) -> str:
-        """The progress line of a step: mean loss and gradient, speed, time left."""
+    def line(self, step: int, losses: Sequence[str], numbers: dict[str, float]) -> str:
+        """The progress line of a step: what was learned, speed, time left."""
         seconds = numbers["step_seconds"]
-        parts = [f"step {step}/{self._num_steps}", f"loss {means['loss']:.5f}", f"grad {means['grad_norm']:.3f}",
-                 f"{seconds:.3f} s/step", f"{numbers['samples_per_second']:.1f} samples/s"]
+        parts = [f"step {step}/{self._num_steps}", *losses, f"{seconds:.3f} s/step",
+                 f"{numbers['samples_per_second']:.1f} samples/s"]
         if "tokens_per_second" in numbers:
             parts += [f"{numbers['tokens_per_second']:.0f} tokens/s",
                       f"{numbers['model_tflops_per_second']:.3g} TFLOP/s"]

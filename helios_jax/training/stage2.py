@@ -24,6 +24,7 @@ unit of the level's own.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,10 +35,10 @@ from helios_jax.data.buckets import latent_folders
 from helios_jax.diffusion import pyramid
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.schedules import stage_table
-from helios_jax.models.transformer import HeliosTransformer, TextRows
+from helios_jax.models.transformer import HeliosTransformer
 from helios_jax.training import flow
 from helios_jax.training.config import RunConfig, require
-from helios_jax.training.flow import Errors, FlowConfig, Randomness
+from helios_jax.training.flow import Context, Errors, FlowConfig, PyTree, Randomness
 from helios_jax.training.objective import Objective
 from helios_jax.training.weights import TrainedWeights
 
@@ -128,38 +129,49 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
 
     def errors(params, frozen, batch: dict[str, jax.Array], keys: jax.Array) -> Errors:
         examples = flow.draw_examples(prepare, config, layout, keys, batch, frozen["empty"])
-        variables = weights.variables(params, frozen)
-        tiers = layout.split(examples.frames[:, 1:], examples.frames[:, :1])
-        past = model.embed_history(variables, jax.tree.map(lambda tier: tier.astype(model.dtype), tiers))
-        text = model.text_rows(variables, examples.text, examples.text_length)
-
-        def level_errors(level: Level) -> jax.Array:
-            """[B, r] of a level whose arrays have the batch in front."""
-            batch_size, repeats = level.timestep.shape
-            noisy = level.noisy.reshape(-1, *level.noisy.shape[2:])  # [B, r, 9, ...] -> [B r, 9, h_i, w_i, C]
-            tokens, rows, bias = (jnp.repeat(x, repeats, axis=0) for x in (past, text.rows, text.bias))
-            predicted = model.apply(variables, noisy.astype(model.dtype), level.timestep.reshape(-1),
-                                    TextRows(rows, bias), tokens, history_size=examples.frames.shape[2:4],
-                                    indices=layout.indices())
-            predicted = predicted.astype(jnp.float32).reshape(batch_size, repeats, *predicted.shape[1:])
-            return jnp.square(predicted - level.velocity[:, None]).mean((2, 3, 4, 5))
-
-        squared = jnp.concatenate([level_errors(level) for level in examples.levels], axis=1)  # [B, E]
+        context = Context(examples.frames, examples.text, examples.text_length)
+        predicted = level_velocities(model, weights.variables(params, frozen), layout, context,
+                                     [(level.noisy, level.timestep) for level in examples.levels])
+        squared = [jnp.square(velocity - level.velocity[:, None]).mean((2, 3, 4, 5))  # [B, r]
+                   for velocity, level in zip(predicted, examples.levels, strict=True)]
         sigma = jnp.concatenate([level.sigma for level in examples.levels], axis=1)
-        return Errors(squared, sigma < 0.5, flow.has_history(examples.frames))
+        return Errors(jnp.concatenate(squared, axis=1), sigma < 0.5, flow.has_history(examples.frames))
 
     return errors
 
 
-def check_size(config: Config, height: int, width: int) -> None:
+def level_velocities(model: HeliosTransformer, variables: PyTree, layout: HistoryLayout, context: Context,
+                     levels: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+    """What the model says of noisy versions of every sample, level by level.
+
+    Args:
+      model, variables: the transformer and its parameters.
+      layout: of the history.
+      context: of the samples, [B, ...]; the tokens of its history and caption are made once for all levels.
+      levels: noisy versions [B, r, 9, h_i, w_i, C] and their timesteps [B, r].
+    Returns: velocities, float32 in the shapes of the noisy versions.
+    """
+    conditions = flow.make_conditions(model, variables, layout, context)
+
+    def velocity(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
+        merged = noisy.reshape(-1, *noisy.shape[2:])  # [B, r, 9, ...] -> [B r, 9, h_i, w_i, C]
+        predicted = flow.velocity(model, layout, context.frames.shape[2:4],
+                                  flow.conditions_repeated(conditions, timestep.shape[1]), merged,
+                                  timestep.reshape(-1))
+        return predicted.astype(jnp.float32).reshape(noisy.shape)
+
+    return [velocity(*level) for level in levels]
+
+
+def check_size(levels: int, height: int, width: int) -> None:
     """Checks that latents of ``height`` x ``width`` can be halved for every level and then cut into 2 x 2 patches.
 
     Raises:
       UserError: they cannot; the smallest level must have even rows and columns.
     """
-    divisor = 2 ** len(config.sample_ratios)
+    divisor = 2**levels
     require(height % divisor == 0 and width % divisor == 0,
-            f"objective.data: latents of {height}x{width} cannot have {len(config.sample_ratios)} levels; rows and "
+            f"objective.data: latents of {height}x{width} cannot have {levels} levels; rows and "
             f"columns must be multiples of {divisor}, which is {8 * divisor} pixels")
 
 
@@ -176,5 +188,5 @@ def build(run: RunConfig) -> Objective:
     """
     config: Config = run.objective
     for folder in latent_folders(config.data).values():
-        check_size(config, folder.height, folder.width)
+        check_size(len(config.sample_ratios), folder.height, folder.width)
     return flow.build(run, make_errors, *sampled_as(config))

@@ -14,9 +14,7 @@ import numpy as np
 
 from helios_jax import sharding
 from helios_jax.data.buckets import latent_folders
-from helios_jax.data.pipeline import LatentFolder, training_item
-from helios_jax.data.records import decode_record
-from helios_jax.diffusion.history import HistoryLayout
+from helios_jax.data.pipeline import LatentFolder, MakeItem
 from helios_jax.training.config import require
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ def _same_size(data: str, training: LatentFolder) -> LatentFolder:
     Raises:
       UserError: there are none, or they are of another model.
     """
-    folders = latent_folders(data).values()
+    folders = latent_folders(data, type(training)).values()
     folder = next((folder for folder in folders if folder.latents == training.latents), None)
     require(folder is not None, f"objective.validation.data: {data} has latents of "
             f"{', '.join(str(folder.latents) for folder in folders)} (frames, height, width, channels), the training "
@@ -73,7 +71,7 @@ class ValidationLoss:
       config: which ones.
       training: the most frequent size of the training data.
       text_rows: of the training data's longest caption.
-      layout: of the history.
+      item: makes a training item of a record.
       errors: of the objective.
       levels: pyramid level of every entry.
       frozen: what the errors are given besides the base.
@@ -82,14 +80,13 @@ class ValidationLoss:
       UserError: the validation data are missing or of another shape than the training data.
     """
 
-    def __init__(self, config: ValidationConfig, training: LatentFolder, text_rows: int, layout: HistoryLayout,
+    def __init__(self, config: ValidationConfig, training: LatentFolder, text_rows: int, item: MakeItem,
                  errors: ErrorFunction, levels: tuple[int, ...], frozen: PyTree):
         folder = _same_size(config.data, training) if config.data else training
         require(folder.text_rows <= text_rows, f"objective.validation.data: {config.data} has captions of "
                 f"{folder.text_rows} rows, the training data have {text_rows} at most")
-        self._config, self._layout, self._levels, self._frozen = config, layout, levels, frozen
-        self._source, self._text_rows = folder.source(), text_rows
-        self._partition = sharding.current()
+        self._config, self._item, self._levels, self._frozen = config, item, levels, frozen
+        self._source, self._partition = folder.source(), sharding.current()
 
         def run(params: PyTree, frozen: PyTree, batch: dict[str, jax.Array], indices: jax.Array) -> Errors:
             keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(config.seed), index))(indices)
@@ -97,10 +94,8 @@ class ValidationLoss:
 
         self._errors = sharding.jit(self._partition, run)
 
-    def _item(self, index: int) -> dict[str, np.ndarray]:
-        record = decode_record(self._source[index % len(self._source)])
-        rng = np.random.default_rng([self._config.seed, index])
-        return training_item(record, rng, self._layout, self._text_rows)
+    def _example(self, index: int) -> dict[str, np.ndarray]:
+        return self._item(self._source[index % len(self._source)], np.random.default_rng([self._config.seed, index]))
 
     def __call__(self, params: PyTree, base: PyTree = None) -> dict[str, float]:
         """The loss and its parts as training names them, over all items; independent of the batch size."""
@@ -109,7 +104,7 @@ class ValidationLoss:
         frozen = self._frozen if base is None else {**self._frozen, "base": base}
         size, parts = self._config.batch_size, []
         for first in range(0, self._config.items, size):
-            items = [self._item(index) for index in range(first, first + size)]
+            items = [self._example(index) for index in range(first, first + size)]
             batch = {name: np.stack([item[name] for item in items]) for name in items[0]}
             if self._partition is not None:
                 batch = sharding.place_batch(self._partition, batch, size)
