@@ -31,7 +31,7 @@ def test_after_twenty_kills_every_loss_and_parameter_is_bitwise_that_of_an_unint
     assert report["kills"] == KILLS and report["inside_a_save"] >= 3, report
     assert len(set(report["steps"])) > 5, report  # they got on between the kills
     whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
-    assert sorted(whole) == list(range(1, 91)) and killed == whole
+    assert sorted(whole) == list(range(1, 121)) and killed == whole
     for average in (False, True):
         jax.tree.map(np.testing.assert_array_equal, read_params(tmp_path / "killed", prefer_ema=average),
                      read_params(tmp_path / "whole", prefer_ema=average))
