@@ -50,7 +50,7 @@ def start(workdir: Path) -> int:
     try:
         config = training_toy_config.get_config()
         config.update({"num_steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY})
-        config.objective.step_sleep = 0.01
+        config.objective.step_sleep = 0.04
         train(run_config(config), workdir, print_line=lambda line: None)
         os._exit(0)
     finally:  # an error
@@ -97,7 +97,7 @@ def main(folder: Path, kills: int) -> None:
             time.sleep(rng.uniform(0, 0.02))
         else:  # anywhere after a save
             wait(child, has_saved, killed, saved)
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         if finish(child) != -signal.SIGKILL:
             raise SystemExit("the run ended before it was killed")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from helios_jax.training.checkpoint import read_params
 
@@ -22,6 +23,7 @@ def losses(workdir: Path) -> dict[int, tuple]:
     return {row["step"]: (row["loss"], row["grad_norm"], row["first_error"]) for row in rows}
 
 
+@pytest.mark.slow
 def test_after_twenty_kills_every_loss_and_parameter_is_bitwise_that_of_an_uninterrupted_run(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "tests/kill_worker.py", str(tmp_path), str(KILLS)], cwd=ROOT,
