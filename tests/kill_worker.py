@@ -22,7 +22,7 @@ import training_toy_config
 from helios_jax.training.config import run_config
 from helios_jax.training.loop import train
 
-STEPS, CHECKPOINT_EVERY = 90, 3
+STEPS, CHECKPOINT_EVERY = 120, 3
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -50,7 +50,7 @@ def start(workdir: Path) -> int:
     try:
         config = training_toy_config.get_config()
         config.update({"num_steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY})
-        config.objective.step_sleep = 0.01
+        config.objective.step_sleep = 0.04
         train(run_config(config), workdir, print_line=lambda line: None)
         os._exit(0)
     finally:  # an error
@@ -72,6 +72,10 @@ def has_reached(workdir: Path, step: int, since: float) -> bool:
     return path.exists() and path.stat().st_mtime > since and max(losses(workdir), default=0) >= step
 
 
+def has_saved(workdir: Path, since: int) -> bool:
+    return newest_checkpoint(workdir) > since
+
+
 def wait(child: int, happens: Callable[..., bool], *arguments) -> None:
     while not happens(*arguments):
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -85,14 +89,15 @@ def main(folder: Path, kills: int) -> None:
     expected, killed = losses(folder / "whole"), folder / "killed"
     rng, report = random.Random(0), {"kills": 0, "inside_a_save": 0, "steps": []}
     for number in range(kills):
-        step, begun = newest_checkpoint(killed) + rng.randint(0, 4), time.time()
+        saved, begun = newest_checkpoint(killed), time.time()
         child = start(killed)
-        wait(child, has_reached, killed, step, begun)
-        if number % 2:  # where saving begins, and a little later
+        if number % 2:  # anywhere in a save
+            wait(child, has_reached, killed, saved + rng.randint(0, 4), begun)
             wait(child, saving, killed)
             time.sleep(rng.uniform(0, 0.02))
-        else:  # anywhere
-            time.sleep(rng.uniform(0, 0.15))
+        else:  # anywhere after a save
+            wait(child, has_saved, killed, saved)
+            time.sleep(rng.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         if finish(child) != -signal.SIGKILL:
             raise SystemExit("the run ended before it was killed")

@@ -10,8 +10,8 @@ from benchmarks import input_pipeline, training_overhead
 
 
 def test_the_trainer_is_timed_against_its_bare_step(tmp_path, capsys):
-    report = training_overhead.main(["--config", "tests/mesh_config.py", "--rounds", "2", "--steps", "2", "--size",
-                                     "64x64", "--json", str(tmp_path / "report.json")])
+    report = training_overhead.main(["--config", "tests/training_toy_config.py", "--rounds", "2", "--steps", "2",
+                                     "--json", str(tmp_path / "report.json")])
     assert json.loads((tmp_path / "report.json").read_text())["overhead"] == report["overhead"]
     assert len(report["trainer_s"]) == len(report["bare_s"]) == 2 and min(report["bare_s"]) > 0
     assert report["overhead"] == pytest.approx(report["trainer_median_s"] / report["bare_median_s"] - 1)
