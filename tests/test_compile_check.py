@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 
 from helios_jax.errors import UserError
-from helios_jax.tools.compile_check import apply_change, load_values, main, remedies
+from helios_jax.tools.compile_check import apply_change, load_values, main, needed_memory, remedies
 from helios_jax.tools.roofline import Collective, collectives, count_flops
 from helios_jax.training.config import run_config
 
@@ -141,6 +141,14 @@ def test_remedies_keep_batch_and_heads_divisible(mesh):
 def test_remedies_of_sampling_divide_the_parameters_over_every_axis():
     run = run_config({"objective": {"name": "stage1", "data": ""}, "mesh": {"data": 2, "context": 4}})
     assert list(remedies(run, 8, sampling=True)) == [("mesh.rules=[['embed', ['data', 'context']]]",)]
+
+
+def test_the_compiler_s_complaints_say_how_much_memory_is_needed():
+    single = "RESOURCE_EXHAUSTED: Allocation (size=40038400000) would exceed memory (size=17179869184) :: %s1 = ..."
+    assert needed_memory(single) == 40038400000
+    assert needed_memory("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.") == (
+        20.5 * 2**30)
+    assert math.isnan(needed_memory("RESOURCE_EXHAUSTED: something else"))
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -132,6 +132,14 @@ def stand_in_data(values: Mapping[str, Any], size: tuple[int, int]) -> Iterator[
         yield values, "; ".join(notes)
 
 
+def needed_memory(error: str) -> float:
+    """Bytes that the compiler says it would need, or of the one array that is too large by itself; else not a number."""
+    if used := re.search(r"Used ([\d.]+)([KMGT]) of", error):
+        return float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[used[2]]
+    single = re.search(r"Allocation \(size=(\d+)\) would exceed memory", error)
+    return float(single[1]) if single else math.nan
+
+
 def check(workload: Workload, partition: Partition) -> Report:
     """Compiles one function."""
     start = time.perf_counter()
@@ -140,11 +148,9 @@ def check(workload: Workload, partition: Partition) -> Report:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) and used is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        size = float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[used[2]] if used else math.nan
-        return Report(False, size, workload.arguments, math.nan, {}, time.perf_counter() - start)
+        return Report(False, needed_memory(str(error)), workload.arguments, math.nan, {}, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     kinds = workload.arguments | {"temporary": float(memory.temp_size_in_bytes),
