@@ -133,7 +133,7 @@ def stand_in_data(values: Mapping[str, Any], size: tuple[int, int]) -> Iterator[
 
 
 def needed_memory(error: str) -> float:
-    """Bytes that the compiler says it would need, or of the one array that is too large by itself; else not a number."""
+    """Bytes that the compiler says it needs, or of the one array that is too large by itself; else not a number."""
     if used := re.search(r"Used ([\d.]+)([KMGT]) of", error):
         return float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[used[2]]
     single = re.search(r"Allocation \(size=(\d+)\) would exceed memory", error)
