@@ -141,6 +141,14 @@ def stand_in_data(values: Mapping[str, Any], size: tuple[int, int]) -> Iterator[
         yield values, "; ".join(notes)
 
 
+def needed_memory(error: str) -> float:
+    """Bytes that the compiler says it needs, or of the one array that is too large by itself; else not a number."""
+    if used := re.search(r"Used ([\d.]+)([KMGT]) of", error):
+        return float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[used[2]]
+    single = re.search(r"Allocation \(size=(\d+)\) would exceed memory", error)
+    return float(single[1]) if single else math.nan
+
+
 def check(workload: Workload, partition: Partition) -> Report:
     """Compiles one function."""
     start = time.perf_counter()
@@ -149,11 +157,9 @@ def check(workload: Workload, partition: Partition) -> Report:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) and used is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        size = float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[used[2]] if used else math.nan
-        return Report(False, size, workload.arguments, math.nan, {}, time.perf_counter() - start)
+        return Report(False, needed_memory(str(error)), workload.arguments, math.nan, {}, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     kinds = workload.arguments | {"temporary": float(memory.temp_size_in_bytes),
@@ -210,14 +216,18 @@ def remedies(run: RunConfig, chips: int, sampling: bool) -> Iterator[tuple[str, 
     """Changes that save memory, in the order in which they cost speed; the later ones contain the earlier ones."""
     base: tuple[str, ...] = ()
     sizes = run.mesh.resolve(chips)
-    fsdp = sizes["fsdp"]
     if sizes["data"] > 1 and not sampling:
-        fsdp *= sizes["data"]
-        base = (f"mesh.fsdp={fsdp}", "mesh.data=1")
+        sizes |= {"data": 1, "fsdp": sizes["fsdp"] * sizes["data"]}
+        base = (f"mesh.fsdp={sizes['fsdp']}", "mesh.data=1")
         yield base
-    spread = [axis for axis in ("data", "fsdp", "context") if sizes[axis] > 1 and not (axis == "data" and base)]
+
+    def parameters_over(axes: list[str]) -> str:
+        others = [[name, list(over)] for name, over in run.mesh.rules if name != "embed"]
+        return f"mesh.rules={[*others, ['embed', axes]]}"
+
+    spread = [axis for axis in ("data", "fsdp", "context") if sizes[axis] > 1]
     if spread not in ([], ["fsdp"]) and "embed" not in dict(run.mesh.rules):
-        base = (*base, f"mesh.rules={[['embed', spread]]}")
+        base = (*base, parameters_over(spread))
         yield base
     if sampling:
         return
@@ -225,17 +235,18 @@ def remedies(run: RunConfig, chips: int, sampling: bool) -> Iterator[tuple[str, 
         base = (*base, "objective.remat=nothing_saveable")
         yield base
     parts = run.accumulate * 2
-    while run.batch_size % (parts * fsdp) == 0:
+    while run.batch_size % (parts * sizes["fsdp"]) == 0:
         yield (*base, f"accumulate={parts}")
         parts *= 2
     # One sample at a time per group of chips that share its tokens.
     heads = getattr(getattr(run.objective, "transformer", None), "num_attention_heads", 0)
     base = tuple(change for change in base if not change.startswith("mesh."))
     for factor in (2, 4, 8):
-        context, rest = sizes["context"] * factor, fsdp // factor
-        if heads and heads % (context * sizes["tensor"]) == 0 and fsdp % factor == 0 and run.batch_size % rest == 0:
-            yield (*base, "mesh.data=1", f"mesh.fsdp={rest}", f"mesh.context={context}",
-                   f"mesh.rules={[['embed', ['fsdp', 'context']]]}", f"accumulate={run.batch_size // rest}")
+        context, fsdp = sizes["context"] * factor, sizes["fsdp"] // factor
+        if (heads and heads % (context * sizes["tensor"]) == 0 and sizes["fsdp"] % factor == 0
+                and run.batch_size % fsdp == 0):
+            yield (*base, "mesh.data=1", f"mesh.fsdp={fsdp}", f"mesh.context={context}",
+                   parameters_over(["fsdp", "context"]), f"accumulate={run.batch_size // fsdp}")
 
 
 def remedy(build: Callable[..., Built], tried: Iterable[tuple[str, ...]], chip: Chip) -> str:
@@ -320,11 +331,12 @@ def main(argv: list[str] | None = None) -> int:
             return Built(run, partition, [workload])
 
         built = build(())
+        chips = built.partition.mesh.size
         print(heading(built, chip, arguments.sample))
         results = []
         for workload in built.workloads:
             flops, report = workload.flops(), check(workload, built.partition)
-            print("\n".join(describe(workload, report, chip, len(devices), flops, arguments.efficiency)))
+            print("\n".join(describe(workload, report, chip, chips, flops, arguments.efficiency)))
             results.append({"name": workload.name, "times": workload.times, "flops": flops[0],
                             "flops_without_rematerialisation": flops[1], **report._asdict(),
                             "collectives": {kind: found._asdict() for kind, found in report.collectives.items()}})
@@ -332,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             Path(arguments.json).write_text(json.dumps({
                 "config": arguments.config, "changes": arguments.changes, "topology": arguments.topology,
-                "chips": len(devices), "mesh": dict(built.partition.mesh.shape), "batch_size": built.run.batch_size,
+                "chips": chips, "mesh": dict(built.partition.mesh.shape), "batch_size": built.run.batch_size,
                 "accumulate": built.run.accumulate, "remat": getattr(built.run.objective, "remat", None),
                 "programs": results}, indent=2) + "\n", encoding="utf-8")
         if all(result["fits"] for result in results):
