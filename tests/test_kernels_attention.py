@@ -262,8 +262,8 @@ def layer_bound(name):
     """Largest allowed deviation, relative to the range of a result.
 
     The largest logit of these inputs is 7. Norm, rotation, product and scale each round it by 2^-24 of its size, which
-    is 4 * 7 * 2^-24 in the exponent of its weight, and the sums add some 4 * 2^-24: 2e-6 (seen: 0.7e-6). The interpreted
-    TPU kernel goes by a bound: its exponents are logits plus up to 2^8, twice rounded to 2^-17, which is
+    is 4 * 7 * 2^-24 in the exponent of its weight, and the sums add some 4 * 2^-24: 2e-6 (seen: 0.7e-6). The
+    interpreted TPU kernel goes by a bound: its exponents are logits plus up to 2^8, twice rounded to 2^-17, which is
     2 * ln 2 * 2^-17 in a weight: 1e-5 (seen: 6e-6).
     """
     return 1e-5 if name == "mosaic_tpu_interpret" else 2e-6
