@@ -258,6 +258,17 @@ OPTIONS = {
 }
 
 
+def layer_bound(name):
+    """Largest allowed deviation, relative to the range of a result.
+
+    The largest logit of these inputs is 7. Norm, rotation, product and scale each round it by 2^-24 of its size, which
+    is 4 * 7 * 2^-24 in the exponent of its weight, and the sums add some 4 * 2^-24: 2e-6 (seen: 0.7e-6). The
+    interpreted TPU kernel goes by a bound: its exponents are logits plus up to 2^8, twice rounded to 2^-17, which is
+    2 * ln 2 * 2^-17 in a weight: 1e-5 (seen: 6e-6).
+    """
+    return 1e-5 if name == "mosaic_tpu_interpret" else 2e-6
+
+
 def options_of(name):
     entries, restrict = OPTIONS[name]
     if len(entries) == 1:
@@ -292,10 +303,9 @@ def test_layer_equals_a_masked_float64_computation_with_all_its_gradients(name, 
                                    **options_of(option), **arrays)
 
     (_, got), gradients = jax.jit(jax.value_and_grad(lambda a: loss(layer, a), has_aux=True))(arrays)
-    # The project's bound, 1e-5 of the range: weights under a bound have exponents up to 2^8, rounded to 2^-16.
     for key, value, true in (("out", got, want), *((key, gradients[key], want_gradients[key]) for key in gradients)):
         scale = np.abs(true).max()
-        np.testing.assert_allclose(value / scale, true / scale, atol=1e-5, err_msg=key)
+        np.testing.assert_allclose(value / scale, true / scale, atol=layer_bound(name), err_msg=key)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -310,7 +320,7 @@ def test_current_rows_with_cached_history_equal_the_restricted_whole(name):
     current = compacted_attention(q[:, history:], k[:, history:], v[:, history:], norm_q=norm_q,
                                   norm_k=arrays["norm_k"], cos=cos[history:], sin=sin[history:], history=cache,
                                   **shared)
-    assert np.abs(current - whole[:, history:]).max() <= 1e-5 * np.ptp(whole)
+    assert np.abs(current - whole[:, history:]).max() <= layer_bound(name) * np.ptp(whole)
 
 
 # -- transformations --------------------------------------------------------------------------------------------------
