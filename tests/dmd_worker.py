@@ -65,7 +65,6 @@ def report(line: str) -> None:
 
 
 def main(folder: Path, cases: list[str]) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))  # the same step is compiled once
     if not (folder / "latents").exists():
         prepare(folder)
     for case in cases:
