@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.config import SchedulerConfig
-from helios_jax.diffusion.schedules import Schedule, dynamic_shift_mu, latent_tokens, time_shift
+from helios_jax.diffusion.schedules import Schedule, dynamic_shift_mu, latent_tokens, shift_sigmas
 from helios_jax.training.config import require
 
 TRAIN_TIMESTEPS = 1000
@@ -68,13 +68,13 @@ def score_shift(config: RenoiseConfig, scheduler: SchedulerConfig, *, frames: in
 
 def score_table(mu: float) -> Schedule:
     """The noise levels of the scores: u = 1 ... 0.001, shifted; timesteps are 1000 sigma."""
-    sigmas = time_shift(mu, np.linspace(1, 1 / TRAIN_TIMESTEPS, TRAIN_TIMESTEPS), "linear")
+    sigmas = shift_sigmas(np.linspace(1, 1 / TRAIN_TIMESTEPS, TRAIN_TIMESTEPS), mu)
     return Schedule(np.append(sigmas, 0.0), TRAIN_TIMESTEPS * sigmas, TRAIN_TIMESTEPS * sigmas)
 
 
 def score_timestep(config: RenoiseConfig, mu: float, numbers: jax.Array) -> jax.Array:
     """Whole timesteps of numbers in (0, 1), float32 of the same shape."""
-    shifted = TRAIN_TIMESTEPS * mu * numbers / (1 + (mu - 1) * numbers)
+    shifted = TRAIN_TIMESTEPS * shift_sigmas(numbers, mu)
     return jnp.round(jnp.clip(shifted, config.lowest, config.highest))
 
 
