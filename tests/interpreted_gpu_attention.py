@@ -32,10 +32,10 @@ CASES = {
     "float16": (dataclasses.replace(HALF, queries=66, keys=65, dtype=jnp.float16), None),
 }
 # Both round the weights' 16-bit copy and the result once. Backward the kernel rounds the logits' gradient where plain
-# attention rounds the weights' gradient, whose row sum it then takes from the rounded numbers: one part of its error in
-# as many as there are visible keys cancels, some percent at these lengths and nothing at thousands of keys.
-AS_EXACT_AS_PLAIN = {"out": 1.0, "d_q": 1.03, "d_k": 1.03, "d_v": 1.005}
-TEN_KEYS = {"d_q": 1.1, "d_k": 1.1}
+# attention rounds the weights' gradient: two independent errors of the same size. In a float64 model of both roundings
+# their ratio is 1.01 on average and scatters by 0.04 at the lengths of these cases (60 draws); three times that is
+# allowed. The comparison with a kernel that rounds at the same places, below, is the sharp one.
+AS_EXACT_AS_PLAIN = {"out": 1.0, "d_q": 1.13, "d_k": 1.13, "d_v": 1.005}
 
 
 @pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "-").replace(",", ""))
@@ -44,7 +44,7 @@ def test_forward_lse_and_gradients_are_as_exact_as_plain_attention_in_the_same_d
     want = wanted(case)
     ours = computed(functools.partial(gpu.attention, tiles=tiles, interpret=True), case)
     ratios = error_ratios(ours, computed(reference.attention, case), want)
-    for part, factor in (AS_EXACT_AS_PLAIN | (TEN_KEYS if case.keys < 64 else {})).items():
+    for part, factor in AS_EXACT_AS_PLAIN.items():
         assert ours[part].dtype == case.dtype and ours[part].shape == want[part].shape
         assert ratios[part] <= factor, ratios
     np.testing.assert_allclose(ours["lse"], want["lse"], atol=3e-6, rtol=0)
