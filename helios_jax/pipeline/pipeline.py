@@ -211,7 +211,7 @@ class HeliosPipeline:
         key = (plan, height, width)
         if key not in self._samplers:
             self._samplers[key] = ChunkSampler(self.transformer, self.scheduler, plan, height, width,
-                                               self.folder.vae.z_dim, self._partition)
+                                               self.folder.vae.z_dim, partition=self._partition)
         return self._samplers[key]
 
     def compiled_programs(self) -> int:

@@ -106,7 +106,7 @@ class ChunkSampler:
     """
 
     def __init__(self, model: HeliosTransformer, scheduler: SchedulerConfig, plan: SamplingPlan, height: int,
-                 width: int, latent_channels: int = 16, own_steps: tuple[ChunkSteps, ChunkSteps] | None = None,
+                 width: int, latent_channels: int = 16, *, own_steps: tuple[ChunkSteps, ChunkSteps] | None = None,
                  partition: Partition | None = None):
         self.model, self.scheduler, self.plan = model, scheduler, plan
         self.size = (height // 8, width // 8)

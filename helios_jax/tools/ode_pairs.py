@@ -103,7 +103,7 @@ class TrajectorySampler:
         plan = SamplingPlan((config.steps,) * stages, float(config.guidance), layout=self.layout)
         self._guided = plan.guided
         self._sampler = ChunkSampler(pipeline.transformer, self.scheduler, plan, size.height, size.width,
-                                     self.shape[2], self.steps)
+                                     self.shape[2], own_steps=self.steps)
         self._negative = pipeline.embed((config.negative_prompt,)) if plan.guided else None
 
     def _chunk_steps(self, few_steps: int) -> ChunkSteps:
