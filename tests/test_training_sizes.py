@@ -52,7 +52,7 @@ def test_a_run_on_two_sizes_compiles_two_steps_and_resumes_exactly(data, tmp_pat
     losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
     assert sorted(losses) == list(range(1, 9)) and rows[-1]["eval/loss"] > 0
     speeds = {round(row["tokens_per_second"] * row["step_seconds"]) for row in rows if "loss" in row}
-    assert speeds == {2 * (36 + 2 + 4 + 8), 2 * (72 + 4 + 8 + 16)}  # batch x (current + long + mid + short) tokens
+    assert speeds == {2 * (36 + 4 + 1 + 8), 2 * (72 + 4 + 2 + 16)}  # batch x (current + long + mid + short) tokens
     assert all(row["model_tflops_per_second"] > 0 and "mfu" not in row for row in rows if "loss" in row)
     assert "tokens/s" in lines[-2] and "TFLOP/s" in lines[-2]
 

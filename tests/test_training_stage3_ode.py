@@ -52,7 +52,7 @@ class Toy:
     def text_rows(self, variables, rows, lengths) -> TextRows:
         return TextRows(rows, jnp.zeros(rows.shape[:2]))
 
-    def apply(self, variables, x, timestep, text, past, *, history_size, indices) -> jax.Array:
+    def apply(self, variables, x, timestep, text, past, *, history_size, **options) -> jax.Array:
         p = variables["params"]
         assert history_size == (H, W)
         constant = timestep[:, None] / 1000 * p["b"] + past[:, None] * p["c"] + text.rows.mean(1) @ p["w"]

@@ -99,7 +99,7 @@ def test_speed_is_work_over_time_and_utilisation_needs_a_known_peak():
     assert numbers["model_tflops_per_second"] == pytest.approx(6 / elapsed)
     assert numbers["mfu"] == pytest.approx(6e12 / elapsed / (2 * 459e12))
     assert 0.02 / elapsed <= numbers["data_wait_fraction"] < 1
-    line = progress.line(2, {"loss": 1.0, "grad_norm": 2.0}, {**numbers, "mfu": 0.4567, "step_seconds": 2.0})
+    line = progress.line(2, ["loss 1.00000", "grad 2.000"], {**numbers, "mfu": 0.4567, "step_seconds": 2.0})
     assert line.startswith("step 2/10  loss 1.00000  grad 2.000  2.000 s/step") and "MFU 45.7 %  16 s left" in line
 
     unknown = Progress(batch_size=4, num_steps=10, device_kind="cpu", num_devices=2)
