@@ -461,7 +461,7 @@ def test_ctrl_c_saves_what_exists(models, tmp_path):
             assert lines[-1], lines
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130 and out == "" and "Traceback" not in err, err
