@@ -23,6 +23,7 @@ from helios_jax.data.pipeline import (
     LatentFolder,
     read_ahead,
     row_batches,
+    shuffled_items,
     training_item,
 )
 from helios_jax.data.records import LatentRecord, decode_record
@@ -139,8 +140,7 @@ def bucketed_dataset(buckets: Sequence[Bucket], batch_size: int, seed: int, layo
             return training_item(bucket.decode(stored), rng, layout, text_rows)
 
         own_seed = zlib.crc32(f"{seed}|{number}|{bucket.name}".encode())  # no two buckets are shuffled alike
-        items = grain.MapDataset.source(bucket.source).seed(own_seed).shuffle().repeat().random_map(item)
-        return row_batches(items, batch_size, rows)
+        return row_batches(shuffled_items(bucket.source, own_seed, item), batch_size, rows)
 
     mixed = grain.MapDataset.mix([batches(n, bucket) for n, bucket in enumerate(buckets)],
                                  weights=[len(bucket.source) for bucket in buckets])

@@ -13,7 +13,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
@@ -244,6 +244,12 @@ def latent_items(layout: HistoryLayout, text_rows: int) -> MakeItem:
     return lambda serialised, rng: training_item(decode_record(serialised), rng, layout, text_rows)
 
 
+def shuffled_items(source: Any, seed: int, item: Callable[[Any, np.random.Generator], dict[str, np.ndarray]]
+                   ) -> grain.MapDataset:
+    """Items of stored records without end, every epoch in another order; ``item`` gets numbers of its own each time."""
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(item)
+
+
 def record_dataset(folder: LatentFolder, item: MakeItem, batch_size: int, seed: int, threads: int
                    ) -> grain.IterDataset:
     """Shuffled items from a folder of records; every epoch is in another order.
@@ -255,5 +261,4 @@ def record_dataset(folder: LatentFolder, item: MakeItem, batch_size: int, seed: 
       seed: of the order and of the items' numbers.
       threads: that read and decode ahead.
     """
-    items = grain.MapDataset.source(folder.source()).seed(seed).shuffle().repeat().random_map(item)
-    return batches(items, batch_size, threads)
+    return batches(shuffled_items(folder.source(), seed, item), batch_size, threads)

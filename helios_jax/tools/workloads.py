@@ -116,31 +116,29 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
     plan = SamplingPlan.for_model(index, steps=(objective.sample.steps,) * scheduler.stages,
                                   guidance_scale=objective.sample.guidance)
     config = objective.transformer
-    sampler = ChunkSampler(HeliosTransformer(config, dtype, objective.unroll), scheduler, plan, *size,
-                           config.in_channels)
+    model = HeliosTransformer(config, dtype, objective.unroll)
+    # Operations are counted for all chips together, so on a sampler that knows of no mesh.
+    sampler, whole = (ChunkSampler(model, scheduler, plan, *size, config.in_channels, partition=where)
+                      for where in (partition, None))
     params = abstract_params("transformer", config, dtype)
     params = sharding.with_shardings(params, sharding.param_shardings(partition, params))
 
-    def array(shape: tuple[int, ...], dtype: Any = jnp.float32, names: sharding.Names | None = None
-              ) -> jax.ShapeDtypeStruct:
-        place = partition.batch(shape) if names is None else partition.sharding(names, shape)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    def array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.replicated)  # as the pipeline holds them
 
     rows = videos * (2 if plan.guided else 1)
     heads = (config.num_layers, rows, TEXT_ROWS, config.num_attention_heads, config.attention_head_dim)
-    names = (None, "batch", None, "attention_heads", None)
-    text = TextContext(array(heads, dtype, names), array(heads, dtype, names), array((rows, TEXT_ROWS)))
+    text = TextContext(array(heads, dtype), array(heads, dtype), array((rows, TEXT_ROWS)))
 
     def workload(stage: int) -> Workload:
         inputs = [None if shape is None else array(shape) for shape in sampler.input_shapes(stage, videos)]
         arguments = {"parameters": params, "text": text, "latents": inputs}
 
         def lower() -> jax.stages.Lowered:
-            with sharding.use(partition):
-                return sampler.trace(stage, {"params": params}, text, inputs).lower()
+            return sampler.trace(stage, {"params": params}, text, inputs).lower()
 
         def flops() -> tuple[float, float]:  # the loop over steps has no known length: it counts once
-            count = count_flops(sampler.trace(stage, {"params": params}, text, inputs).jaxpr)
+            count = count_flops(whole.trace(stage, {"params": params}, text, inputs).jaxpr)
             return count, count
 
         skipped = 0 if plan.zero_steps is None else sum(guidance.is_zero_init_step(stage, i, plan.zero_steps)

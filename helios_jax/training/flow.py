@@ -451,6 +451,7 @@ def build(run: RunConfig,
         return step_work(config, layout, batch, adapters)
 
     counted = errors is not None and isinstance(config, FlowConfig)  # of other kinds of steps nobody knows the work
+
     def evaluate(params: PyTree, step: int) -> dict[str, float]:
         return {name: value for measure in measures for name, value in measure(params).items()}
 
