@@ -6,8 +6,8 @@ mesh axes each name is divided:
 
     data      whole copies of the model, other samples
     fsdp      other samples; parameters, their average and the optimizer's state are divided too
-    context   the tokens of one sample; around attention its heads, by an all-to-all
-    tensor    heads and hidden units of one layer
+    context   the tokens of one sample (around attention its heads, by an all-to-all); columns of frames in the VAE
+    tensor    heads and hidden units of one layer; columns of frames in the VAE
 
 The compiler derives the communication; attention alone exchanges tokens for heads itself. On one device nothing here
 changes anything.
@@ -46,6 +46,7 @@ DEFAULT_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", ("data", "fsdp")),
     ("sequence", ("context",)),
     ("hidden", ("tensor",)),
+    ("width", ("context", "tensor")),  # columns of the frames in the VAE
 )
 # Parameters with fewer numbers (per layer) are divided only as they declare.
 SMALL_PARAMETER = 2**16

@@ -17,16 +17,26 @@ from helios_jax.sharding import MeshConfig
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def found_by_the_worker(folder: Path, variant: str):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "tests/mesh_sampling_worker.py", str(folder), variant], cwd=ROOT,
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / f"{variant}.json").read_text())
+
+
 @pytest.mark.parametrize("variant", ["base", "mid"])
 def test_a_video_on_eight_devices_is_the_one_of_a_single_device(variant, tmp_path):
     """Two chunks with guidance: the second one sees history and anchor of the first."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "tests/mesh_sampling_worker.py", str(tmp_path), variant], cwd=ROOT,
-                          env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / f"{variant}.json").read_text())
+    found = found_by_the_worker(tmp_path, variant)
     assert found["range"] > 0.1 and max(found["differences"]) <= 1e-5 * found["range"], found
     assert found["refused"] == "mesh: 4 attention heads do not divide by 8 (mesh.tensor 8)"
+
+
+def test_a_vae_divided_in_stripes_gives_the_numbers_of_the_whole_one(tmp_path):
+    for mesh in found_by_the_worker(tmp_path, "vae"):
+        assert mesh["encode"] <= 1e-5 and mesh["decode"] <= 1e-5, mesh
+        assert mesh["exchanges"] > 10, mesh  # neighbours send each other the edges of their stripes
 
 
 def test_the_mesh_is_given_as_text_or_as_an_object():

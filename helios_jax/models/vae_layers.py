@@ -25,11 +25,15 @@ from helios_jax.models.vae_ops import (
     time_valid_conv,
     unfold_frames,
 )
+from helios_jax.sharding import constrain
 
 Array = jax.Array
 Dtype = Any
 
 _SCORES_AT_ONCE = 2**26
+# Where frames [B, T, h, w, C] lie on a mesh: columns are divided, and a convolution fetches its neighbours' edges.
+_IN_STRIPS = ("batch", None, None, "width", None)
+_WHOLE_FRAMES = ("batch", None, None, None, None)
 
 # Inputs of most convolutions are SiLU of unit-norm features, whose second moment is 0.36: a gain of 2 keeps the scale.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
@@ -112,7 +116,7 @@ class CausalConv(nn.Module):
         y, newest = run(x, past, gamma, kernel)
         if frames:
             memory.remember(newest)
-        return y + bias
+        return constrain(y + bias, *_IN_STRIPS)
 
 
 class ImageConv(nn.Module):
@@ -141,7 +145,7 @@ class ImageConv(nn.Module):
             x = doubling_conv(x, kernel, self.conv_form)  # h, w -> 2h, 2w
         else:
             x = same_conv2d(x, kernel)
-        return unfold_frames(x + bias, batch)  # [B, T, h', w', features]
+        return constrain(unfold_frames(x + bias, batch), *_IN_STRIPS)  # [B, T, h', w', features]
 
 
 class ResidualBlock(nn.Module):
@@ -183,6 +187,7 @@ class FrameAttention(nn.Module):
         batch, frames, h, w, channels = x.shape
         y = rms_norm(x, Gamma(name="norm")(channels), self.dtype)
         y = ImageConv(3 * channels, "same", (1, 1), self.dtype, name="to_qkv")(y)  # C -> 3C
+        y = constrain(y, *_WHOLE_FRAMES)  # every position sees all others
         q, k, v = jnp.split(y.reshape(batch * frames, h * w, 3 * channels), 3, axis=-1)  # 3 x [B*T, S, C]
         if batch * frames * (h * w) ** 2 > _SCORES_AT_ONCE:
             y = lax.map(lambda qkv: _attend(*(a[None] for a in qkv))[0], (q, k, v))
