@@ -12,9 +12,7 @@ import sys
 from pathlib import Path
 
 several = sys.argv[2] == "two"
-# Quick compilation: every program runs once or twice.
-os.environ["XLA_FLAGS"] = (f"--xla_force_host_platform_device_count={2 if several else 8} "
-                           "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 if several else 8}"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -12,9 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-# Quick compilation: the steps are few.
-os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-                           "--xla_llvm_disable_expensive_passes=true")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
 import mesh_config  # noqa: E402

@@ -24,6 +24,7 @@ from helios_jax.tools.roofline import CHIPS, Collective, collectives, count_flop
 from helios_jax.tools.workloads import Workload
 from helios_jax.training.config import run_config
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
 ROOT = Path(__file__).resolve().parents[1]
 
 

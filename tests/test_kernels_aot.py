@@ -10,6 +10,7 @@ from kernels.attention.compile import HEADS, LENGTHS, SIZE, TOPOLOGIES, Call
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("fully_optimized"),
     pytest.mark.skipif(not aot.libtpu_is_installed(), reason="needs libtpu (pip install libtpu), which brings the "
                                                              "TPU compiler and runs on any machine"),
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "compile_gpu.py"
 
 

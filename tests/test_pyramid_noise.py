@@ -18,6 +18,8 @@ from helios_jax.diffusion import noise, pyramid
 from helios_jax.diffusion.schedules import stage_table
 from helios_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
+
 
 def to_torch_order(x) -> np.ndarray:
     """[B, T, h, w, C] -> [B, C, T, h, w]."""

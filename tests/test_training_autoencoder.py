@@ -13,7 +13,7 @@ from helios_jax.config import VAEConfig
 from helios_jax.convert.state_dict import params_to_torch_state_dict
 from helios_jax.data import reader, shapes
 from helios_jax.errors import UserError
-from helios_jax.models.vae import WanVAE, normalize_latents
+from helios_jax.models.vae import normalize_latents
 from helios_jax.training import autoencoder
 from helios_jax.training.autoencoder import Config
 from helios_jax.training.checkpoint import read_params
@@ -64,13 +64,12 @@ def test_exported_vae_gives_the_same_numbers_in_diffusers(trained):
     config, params = autoencoder.load_vae(trained[0] / "export")
     assert tuple(oracle.config.latents_std) == config.latents_std != VAEConfig().latents_std
     video = np.random.default_rng(0).uniform(-1, 1, (1, 5, 32, 40, 3)).astype(np.float32)
-    apply = WanVAE(config).apply
-    mean, logvar = apply({"params": params}, video, method=WanVAE.encode)
+    mean, logvar = autoencoder._encode(params, video, config)
     with torch.no_grad():
         posterior = oracle.encode(torch.from_numpy(video).permute(0, 4, 1, 2, 3)).latent_dist
         decoded = oracle.decode(posterior.mean).sample
     for ours, theirs in ((mean, posterior.mean), (logvar, posterior.logvar),
-                         (apply({"params": params}, mean, method=WanVAE.decode), decoded)):
+                         (autoencoder._decode(params, mean, config), decoded)):
         theirs = theirs.permute(0, 2, 3, 4, 1).numpy()
         assert np.abs(ours - theirs).max() < 1e-5 * (theirs.max() - theirs.min())
 
@@ -89,11 +88,10 @@ def test_exported_weights_are_the_averaged_parameters_in_half_precision(trained)
 
 def test_exported_statistics_normalise_sampled_latents(trained):
     config, params = autoencoder.load_vae(trained[0] / "export")
-    encode = jax.jit(lambda video: WanVAE(config).apply({"params": params}, video, method=WanVAE.encode))
     latents = []
     for number in range(2):  # the clips over which the export measured
         clip = shapes.sample_clip(autoencoder._MEASURE_SEED + number, "train", 5)
-        mean, logvar = encode(autoencoder.to_video(clip.frames)[None])
+        mean, logvar = autoencoder._encode(params, autoencoder.to_video(clip.frames)[None], config)
         noise = np.random.default_rng(number).standard_normal((200, *mean.shape[1:])).astype(np.float32)
         latents.append(normalize_latents(mean + jnp.exp(0.5 * logvar) * noise, config))
     z = np.concatenate(latents).astype(np.float64)
@@ -191,7 +189,10 @@ def test_a_network_at_its_start_treats_frames_alone():
     objective = autoencoder.build(small_run())
     params = jax.jit(objective.init_params)(jax.random.key(0))
     video = jax.random.uniform(jax.random.key(1), (1, 5, 32, 32, 3), minval=-1.0)
-    encode = jax.jit(lambda video: WanVAE(TINY).apply({"params": params}, video, method=WanVAE.encode)[0])
+
+    def encode(video):
+        return autoencoder._encode(params, video, TINY)[0]
+
     # The temporal downsamplers keep the newest frame but are convolutions with noise: alone means no 3x3x3 past.
     changed = video.at[:, 0].add(0.5)
     assert float(jnp.abs(encode(video)[:, 0] - encode(changed)[:, 0]).max()) > 1e-3
@@ -259,9 +260,8 @@ def test_the_box_gives_the_same_numbers_in_diffusers(box):
     assert (tuple(oracle.config.latents_mean), tuple(oracle.config.latents_std)) == (config.latents_mean,
                                                                                      config.latents_std)
     video = autoencoder.to_video(shapes.sample_clip(3, "held_out", 9).frames)[None]
-    apply = WanVAE(config).apply
-    mean = apply({"params": params}, video, method=WanVAE.encode)[0]
-    decoded = apply({"params": params}, mean, method=WanVAE.decode)
+    mean = autoencoder._encode(params, video, config)[0]
+    decoded = autoencoder._decode(params, mean, config)
     with torch.no_grad():
         posterior = oracle.encode(torch.from_numpy(np.array(video)).permute(0, 4, 1, 2, 3)).latent_dist
         wanted = oracle.decode(posterior.mean).sample

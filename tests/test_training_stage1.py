@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -233,8 +234,9 @@ TINY = TransformerConfig(num_attention_heads=2, attention_head_dim=8, in_channel
                          freq_dim=8, ffn_dim=24, num_layers=2, rope_dim=(4, 2, 2))
 
 
-def random_params(model: HeliosTransformer) -> dict:
-    params = jax.jit(lambda key: unbox(model.init(key)))(jax.random.key(1))
+@functools.cache
+def random_params() -> dict:
+    params = jax.jit(lambda key: unbox(HeliosTransformer(TINY).init(key)))(jax.random.key(1))
     shape = params["proj_out"]["kernel"].shape  # zero at the start, which would hide everything behind it
     kernel = 0.2 * np.random.default_rng(2).standard_normal(shape).astype(np.float32)
     return {**params, "proj_out": {**params["proj_out"], "kernel": kernel}}
@@ -294,7 +296,7 @@ def reference_example(config: Config, random: Randomness, item: dict, empty: dic
 def test_loss_equals_the_formulas_in_float64():
     config = Config(data="", transformer=TINY, caption_dropout=0.3)
     model = HeliosTransformer(TINY, unroll=0)
-    params = random_params(model)
+    params = random_params()
     batch, key = batch_of(48), jax.random.key(5)
     empty = {"text": np.random.default_rng(9).standard_normal((5, 6)).astype(np.float32), "text_length": np.int32(1)}
     loss, metrics = jax.jit(loss_of(stage1, config, model))(params, {"empty": empty}, batch, key)
@@ -350,7 +352,7 @@ def test_a_perfect_prediction_has_loss_zero_and_a_constant_offset_its_square():
 def test_gradients_are_finite_and_reach_every_parameter(dtype):
     config = Config(data="", transformer=TINY, dtype=dtype)
     model = HeliosTransformer(TINY, dtype=jnp.dtype(dtype), unroll=0)
-    params = random_params(model)
+    params = random_params()
     empty = {"text": np.zeros((5, 6), np.float32), "text_length": np.int32(1)}
     grads = jax.jit(jax.grad(lambda p: loss_of(stage1, config, model)(
         p, {"empty": empty}, batch_of(8), jax.random.key(0))[0]))(params)

@@ -23,8 +23,6 @@ from helios_jax.training.stage3_dmd import Config, CriticConfig, Draws, Game, Ga
 from helios_jax.training.weights import LoraConfig
 
 LAYOUT = HistoryLayout()
-# Compiling takes longer than running these losses.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 H, W, C, BATCH = 8, 8, 2, 3
 MU = [0.5 + (9 * (H >> i) * (W >> i) / 4 - 256) * 0.65 / 3840 for i in (2, 1, 0)]
 TABLE = stage_table(few_step.student_scheduler())
@@ -263,8 +261,8 @@ def test_both_losses_and_their_gradients_equal_the_specification_in_float64(step
     inputs = (FROZEN, batch, statement.keys, turn)
 
     def own(loss, *parts):
-        return jax.jit(jax.value_and_grad(lambda mine: loss({**PARAMS, **mine}, *inputs), has_aux=True),
-                       compiler_options=QUICK)({part: PARAMS[part] for part in parts})
+        differentiated = jax.jit(jax.value_and_grad(lambda mine: loss({**PARAMS, **mine}, *inputs), has_aux=True))
+        return differentiated({part: PARAMS[part] for part in parts})
 
     (loss, metrics), gradient = own(game.student_loss, "student")
     np.testing.assert_allclose(loss, statement.student(float64(PARAMS["student"])), rtol=2e-5)
@@ -285,7 +283,7 @@ def test_without_guidance_an_untrained_critic_gives_the_student_nothing_to_do():
     turn = Turn(jnp.int32(0), jax.random.key(0))
     loss, gradient = jax.jit(jax.value_and_grad(
         lambda own: game_of(config).student_loss({**params, "student": own}, FROZEN, batch_of(), jax.random.key(1),
-                                                 turn)[0]), compiler_options=QUICK)(params["student"])
+                                                 turn)[0]))(params["student"])
     assert float(loss) == 0.0 and all(float(g) == 0.0 for g in gradient.values())
 
 
@@ -311,7 +309,7 @@ def played() -> Played:
     optimizers = Optimizers(run, players, None)
     state = initial_state(jax.tree.map(jnp.asarray, PARAMS), optimizers, True, players)
     objective = Objective(lambda key: PARAMS, None, None, players=players)
-    step = jax.jit(make_step(run, objective, optimizers), compiler_options=QUICK)
+    step = jax.jit(make_step(run, objective, optimizers))
     states, metrics = [state], []
     for _ in range(6):
         state, values = step(state, FROZEN, batch_of())
@@ -354,8 +352,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
         run = run_config({"objective": {"name": "stage1", "data": ""}, "batch_size": BATCH, "accumulate": parts})
         optimizer = Optimizers(run, players, None)
         state = initial_state(jax.tree.map(jnp.asarray, PARAMS), optimizer, False, players)
-        step = jax.jit(make_step(run, Objective(lambda key: PARAMS, None, None, players=players), optimizer),
-                       compiler_options=QUICK)
+        step = jax.jit(make_step(run, Objective(lambda key: PARAMS, None, None, players=players), optimizer))
         _, metrics = step(state, FROZEN, batch_of())
         found.append([float(metrics[name]) for name in sorted(metrics)])
     np.testing.assert_allclose(found[0], found[1], rtol=2e-5, atol=1e-7)

@@ -158,8 +158,8 @@ def test_one_padded_row_stands_for_all_padded_rows_exactly():
     past = History(*(jnp.asarray(channel_last(inputs[f"latents_history_{t}"])) for t in ("short", "mid", "long")))
     latents = jnp.asarray(channel_last(inputs["hidden_states"]))
     for make in (model.text_context, model.text_rows):
-        text = make(variables, rows, lengths)
-        got = model.apply(variables, latents, jnp.array([500.0, 20.0]), text, past)
+        got = jax.jit(lambda variables, make=make: model.apply(
+            variables, latents, jnp.array([500.0, 20.0]), make(variables, rows, lengths), past))(variables)
         assert relative_error(channel_first(got), want) < 1e-5
 
 
@@ -201,11 +201,14 @@ def test_low_rank_adapters_equal_merged_weights():
     inputs = torch_inputs()
     latents = jnp.asarray(channel_last(inputs["hidden_states"]))
     past = History(*(jnp.asarray(channel_last(inputs[f"latents_history_{t}"])) for t in ("short", "mid", "long")))
-    outputs = []
-    for variables in ({"params": params, "lora": lora}, {"params": merge(params, lora)}, {"params": params}):
+
+    @jax.jit
+    def forward(variables):
         text = model.text_context(variables, inputs["encoder_hidden_states"], np.array([7]))
-        outputs.append(model.apply(variables, latents, jnp.array([500.0]), text, past))
-    apart, merged, without = outputs
+        return model.apply(variables, latents, jnp.array([500.0]), text, past)
+
+    apart, merged, without = (forward(variables) for variables in (
+        {"params": params, "lora": lora}, {"params": merge(params, lora)}, {"params": params}))
     assert relative_error(apart, merged) < 1e-5
     assert relative_error(apart, without) > 1e-2
 
