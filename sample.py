@@ -72,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
                        "if none is given")
     model.add_argument("--lora_apart", action="store_true", help="keep LoRA beside the weights instead of merging it")
 
+    model.add_argument("--stream_weights", action="store_true", help="keep the weights in the host's memory and copy "
+                       "them to the device layer by layer, for cards that the model does not fit")
     model.add_argument("--mesh", metavar="AXIS=N[,...]", help="divide the model over several devices: sizes of axes "
                        "data, fsdp, context, tensor; one may be -1 for all that remain: fsdp=2,context=-1 "
                        "(default: one device)")
@@ -324,7 +326,8 @@ def main(argv: list[str] | None = None) -> int:
 
     dtype = given.get("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     pipeline = HeliosPipeline.from_pretrained(folder.root, dtype=dtype, lora=lora,
-                                              merge_lora=not given.get("lora_apart", False), mesh=mesh)
+                                              merge_lora=not given.get("lora_apart", False), mesh=mesh,
+                                              stream_weights=given.get("stream_weights", False))
     for prompt, path in zip(prompts, paths, strict=True):
         stream = pipeline.stream(prompt, negative_prompt=given.get("negative_prompt", ""), image=image, video=frames,
                                  prompt_schedule=schedule, options=run)

@@ -26,7 +26,7 @@ import tokenizers
 
 from helios_jax.config import read_json
 from helios_jax.errors import UserError
-from helios_jax.models.umt5 import UMT5Encoder
+from helios_jax.models.umt5 import UMT5Encoder, encode
 from helios_jax.spiece import ends_with, tokenizer_from_spiece
 
 Array = jax.Array
@@ -243,10 +243,10 @@ def blend(a: PromptEmbedding, b: PromptEmbedding, weight: float) -> PromptEmbedd
 # --- Encoding --------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="encoder")
-def _encode_ids(params: Mapping[str, Any], ids: Array, mask: Array, *, encoder: UMT5Encoder) -> Array:
+@functools.partial(jax.jit, static_argnames=("encoder", "streamed"))
+def _encode_ids(params: Mapping[str, Any], ids: Array, mask: Array, *, encoder: UMT5Encoder, streamed: bool) -> Array:
     """[B,S] ids and mask to [B,S,D] with exact zeros at padding."""
-    return jnp.where(mask[..., None], encoder.apply({"params": params}, ids, mask), 0)
+    return jnp.where(mask[..., None], encode(encoder, params, ids, mask, streamed), 0)
 
 
 class PromptEncoder:
@@ -260,7 +260,8 @@ class PromptEncoder:
     """
 
     def __init__(self, encoder: UMT5Encoder, params: Mapping[str, Any], tokenizer: TokenEncoder, *,
-                 max_tokens: int = MAX_TOKENS, rows_multiple: int = 32, batch_size: int = 1, cache_size: int = 128):
+                 max_tokens: int = MAX_TOKENS, rows_multiple: int = 32, batch_size: int = 1, cache_size: int = 128,
+                 streamed: bool = False):
         """Binds an encoder to its tokeniser.
 
         Args:
@@ -270,6 +271,7 @@ class PromptEncoder:
           rows_multiple: granularity of the compiled lengths.
           batch_size: prompts of similar length that run together; larger is faster for many captions.
           cache_size: how many prompts are remembered (least recently used go first); 0 turns it off.
+          streamed: the parameters lie in the host's memory (``helios_jax.models.streaming``).
 
         Raises:
           UserError: a number out of range, or a tokeniser with more ids than the encoder has embeddings.
@@ -283,7 +285,7 @@ class PromptEncoder:
                             f"{encoder.config.vocab_size} (vocab_size)")
         # Own containers: a weight that the caller exchanges in his tree later does not reach the cache.
         params = jax.tree.map(jnp.asarray, dict(params))
-        self._run = functools.partial(_encode_ids, params, encoder=encoder)
+        self._run = functools.partial(_encode_ids, params, encoder=encoder, streamed=streamed)
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._rows_multiple = rows_multiple

@@ -25,11 +25,13 @@ from helios_jax.diffusion.history import replaces_anchor, update_anchor
 from helios_jax.diffusion.noise import NoiseSource, SeededNoise
 from helios_jax.errors import UserError
 from helios_jax.lora import adapter_tree, merge, read_lora
+from helios_jax.models.streaming import streamed_sharding
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import WanVAE, decode_in_steps, denormalize_latents, normalize_latents, posterior_sample
 from helios_jax.pipeline import request as check
 from helios_jax.pipeline.conditioning import Condition, ConditionEncoder
+from helios_jax.pipeline.memory import check_device
 from helios_jax.pipeline.prompts import PromptChange, PromptTrack, checked_schedule, rows_needed, with_rows
 from helios_jax.pipeline.request import SamplingOptions
 from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
@@ -70,19 +72,22 @@ class HeliosPipeline:
       tokenizer: default: that of the folder, read at the first prompt.
       partition: the mesh on which the parameters lie (see :func:`component_shardings`) and videos are made; None for
         one device. Of several processes all must ask for the same videos; each gets them whole.
+      streamed: the weights of transformer and text encoder lie in the host's memory (see
+        :mod:`helios_jax.models.streaming`).
     """
 
     def __init__(self, folder: ModelFolder, params: Mapping[str, Params], *, dtype: Any = jnp.float32,
                  vae_dtype: Any = jnp.float32, lora: Params | None = None, unroll: int | None = None,
-                 tokenizer: text_path.TokenEncoder | None = None, partition: Partition | None = None):
+                 tokenizer: text_path.TokenEncoder | None = None, partition: Partition | None = None,
+                 streamed: bool = False):
         self.folder, self.index, self.scheduler = folder, folder.index, folder.scheduler
         on_cpu = jax.default_backend() == "cpu"
         unroll = (0 if on_cpu else 1) if unroll is None else unroll
-        self.transformer = HeliosTransformer(folder.transformer, dtype, unroll)
+        self.transformer = HeliosTransformer(folder.transformer, dtype, unroll, for_sampling=True, streamed=streamed)
         self.vae = WanVAE(folder.vae, vae_dtype, "taps" if on_cpu else "3d")
         self.text_encoder = UMT5Encoder(folder.text_encoder, dtype)
         self.params = dict(params)
-        self._partition = partition
+        self._partition, self._streamed = partition, streamed
         self.variables = {"params": params["transformer"]}
         if lora:
             self.variables["lora"] = jax.tree.map(jnp.asarray, lora) if partition is None else sharding.place(
@@ -97,7 +102,8 @@ class HeliosPipeline:
     @classmethod
     def from_pretrained(cls, model: str | Path, *, dtype: str = "float32", vae_dtype: str = "float32",
                         lora: Sequence[tuple[str | Path, float]] = (), merge_lora: bool = True,
-                        unroll: int | None = None, mesh: MeshConfig | None = None) -> HeliosPipeline:
+                        unroll: int | None = None, mesh: MeshConfig | None = None,
+                        stream_weights: bool = False) -> HeliosPipeline:
         """Loads a checkpoint.
 
         Args:
@@ -106,6 +112,8 @@ class HeliosPipeline:
           lora: (file or folder, weight) pairs.
           merge_lora: add the adapters to the weights; False keeps them apart.
           mesh: divide the model over several devices (docs/pods.md); None takes the first one.
+          stream_weights: keep the weights of transformer and text encoder in the host's memory and copy them to the
+            device layer by layer, for devices that the model does not fit. Adapters then stay apart.
 
         Raises:
           UserError: the checkpoint or an adapter cannot be used, or the mesh does not fit; one line.
@@ -115,22 +123,28 @@ class HeliosPipeline:
                 raise UserError(f"{name}: one of {', '.join(DTYPES)}, got {value!r}")
         compute, vae_compute = DTYPES[dtype], DTYPES[vae_dtype]
         folder = read_model_folder(resolve_model(model))
+        dtypes = {"transformer": compute, "text_encoder": compute, "vae": vae_compute}
         partition = None if mesh is None else Partition.create(mesh)
-        if partition is not None:
+        if partition is None:
+            check_device(folder, dtypes, stream_weights)
+        elif stream_weights:
+            raise UserError("stream_weights: goes with one device, not with a mesh")
+        else:
             partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         # The small files first: a mistake in them shows before gigabytes are read.
         loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
-        _, params = load_pipeline_params(
-            folder.root, dtype={"transformer": compute, "text_encoder": compute, "vae": vae_compute},
-            sharding=component_shardings(folder, partition))
+        places = component_shardings(folder, partition)
+        if stream_weights:
+            places = {name: streamed_sharding(name) for name in dtypes}
+        _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=places)
         adapters = None
         if loaded:
-            if merge_lora:
+            if merge_lora and not stream_weights:
                 params["transformer"] = merge(params["transformer"], loaded)
             else:
                 adapters = adapter_tree(loaded)
         return cls(folder, params, dtype=compute, vae_dtype=vae_compute, lora=adapters, unroll=unroll,
-                   partition=partition)
+                   partition=partition, streamed=stream_weights)
 
     def __call__(self, prompt: str | Sequence[str], **request: Any) -> np.ndarray:
         """The whole video, float32 [B, F, H, W, 3] in [0, 1]. Arguments as :meth:`stream`."""
@@ -222,7 +236,8 @@ class HeliosPipeline:
     @functools.cached_property
     def _prompt_encoder(self) -> text_path.PromptEncoder:
         tokenizer = self._tokenizer or text_path.Tokenizer.from_folder(self.folder.tokenizer)
-        return text_path.PromptEncoder(self.text_encoder, self.params["text_encoder"], tokenizer)
+        return text_path.PromptEncoder(self.text_encoder, self.params["text_encoder"], tokenizer,
+                                       streamed=self._streamed)
 
     def embed(self, prompts: Sequence[str] | text_path.PromptEmbedding) -> text_path.PromptEmbedding:
         """Encoded prompts; embeddings pass through."""
