@@ -206,6 +206,24 @@ def test_every_level_of_the_sampler_is_compiled_for_a_topology(tmp_path):
     assert all(level["fits"] for level in levels)
 
 
+@pytest.mark.slow
+@needs_libtpu
+def test_streamed_weights_of_the_14b_are_on_the_chip_two_layers_at_a_time(tmp_path):
+    """At a reduced depth: what streaming saves on the chip is every layer but two."""
+    layers, found = 6, {}
+    for flags in ((), ("--stream_weights",)):
+        report = tmp_path / f"{len(flags)}.json"
+        done = check("--config", "configs/stage2_init.py:14b", "--topology", "v6e:2x2", "--sample", "1", "--json",
+                     str(report), *flags, changes=("mesh.fsdp=1", "mesh.data=1", "objective.sample.guidance=1.0",
+                                                   f"objective.transformer.num_layers={layers}"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[bool(flags)] = programs(report)
+    for plain, streamed in zip(found[False], found[True], strict=True):
+        blocks = streamed["host_bytes"]
+        assert plain["host_bytes"] == 0 and blocks > 0.9 * plain["kinds"]["parameters"] - 0.6e9
+        assert plain["used"] - streamed["used"] > blocks * (layers - 2) / layers - 2**26
+
+
 @needs_libtpu
 def test_of_several_changes_the_first_that_compiles_within_the_memory_is_named(monkeypatch):
     """A stand-in for the step that adds 1 to rows of 512 bytes; it overflows for real unless they are divided."""

@@ -17,15 +17,18 @@ import jax.numpy as jnp
 PyTree = Any
 Body = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
-# Weights with fewer numbers per layer stay on the device: they need little room, and every copy has a price.
+# Weights with fewer numbers (per layer) stay on the device: they need little room, and every copy has a price.
 SMALL_WEIGHT = 2**16
-# Paths of the weights that can be streamed, by component: stacks of layers, and the table of the text encoder's tokens.
-STREAMED_PATHS = {"transformer": (("blocks",),), "text_encoder": (("encoder", "block"), ("shared",))}
+# Where a component's parameters have what is streamed: stacks of layers, and the table of the text encoder's tokens.
+STACKS = {"transformer": ("blocks",), "text_encoder": ("encoder", "block")}
+TABLES = {"text_encoder": ("shared",)}
 
 
 def to_device(tree: PyTree) -> PyTree:
-    """Copies of what lies in the host's memory; arrays that are on the device already stay as they are."""
-    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
+    """Copies of what lies in the host's memory; what is on the device already must not be asked for again, because the
+    TPU compiler would then look for it in the host's memory."""
+    device = jax.memory.Space.Device
+    return jax.tree.map(lambda x: x if jax.typeof(x).memory_space == device else jax.device_put(x, device), tree)
 
 
 def scan_layers(body: Body, carry: PyTree, weights: PyTree, others: PyTree = None, *, last: Body | None = None,
@@ -68,8 +71,13 @@ def scan_layers(body: Body, carry: PyTree, weights: PyTree, others: PyTree = Non
 
 def is_streamed(component: str, path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
     """Whether a parameter of a component ('transformer', 'text_encoder'; the VAE has none) can be streamed."""
-    prefixes = STREAMED_PATHS.get(component, ())
-    return any(path[: len(prefix)] == prefix for prefix in prefixes) and math.prod(shape[1:]) >= SMALL_WEIGHT
+
+    def within(place: tuple[str, ...] | None) -> bool:
+        return place is not None and path[: len(place)] == place
+
+    if within(STACKS.get(component)):
+        return math.prod(shape[1:]) >= SMALL_WEIGHT
+    return within(TABLES.get(component)) and math.prod(shape) >= SMALL_WEIGHT
 
 
 def streamed_sharding(component: str) -> Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]:
