@@ -418,7 +418,7 @@ class HeliosTransformer:
                                history_length, history if isinstance(history, HistoryContext) else None, features)
         head_params = {name: params[name] for name in _HEAD}
         head_lora = {name: lora[name] for name in _HEAD if name in lora}
-        x = self._head.apply({"params": head_params, "lora": head_lora}, x[:, history_length:], embedding)
+        x = self._head.apply({"params": head_params, "lora": head_lora}, x, embedding)
         velocity = unpatchify(x, frames, rows, columns)
         if not features:
             return velocity
@@ -508,29 +508,45 @@ class HeliosTransformer:
     def _blocks(self, blocks: Params, lora: Params | None, x: Array, modulation: Segments,
                 text: TextContext | TextRows, cos: Array, sin: Array, history_length: int,
                 history: HistoryContext | None, features: tuple[int, ...]) -> tuple[Array, Array | None]:
-        """The only loop over layers. Returns all tokens, and the current ones behind the blocks ``features``."""
+        """The only loop over layers. Returns the current tokens, and those behind the blocks ``features``.
+
+        Nobody reads what the last block would make of the history, so there the history is keys and values only. The
+        loop runs over indices, not over the stacked parameters: a part of a stack would be copied before a loop.
+        """
+        layers = self.config.num_layers
         kept = slots = None
         if features:  # every layer writes its tokens somewhere; those that nobody wants overwrite each other
-            slots = jnp.asarray([features.index(i) if i in features else len(features)
-                                 for i in range(self.config.num_layers)])
+            slots = jnp.asarray([features.index(i) if i in features else len(features) for i in range(layers)])
             kept = jnp.zeros((len(features) + 1, *x[:, history_length:].shape), x.dtype)
+        keys_values = (text.keys, text.values) if isinstance(text, TextContext) else None
+        stacked = (blocks, lora, keys_values, history, slots)
 
-        def one_layer(carry, layer):
+        def one_layer(is_last, carry, i):
             x, kept = carry
-            params, adapter, keys_values, past, slot = layer
+            params, adapter, keys_values, past, slot = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stacked)
+            own = self._layer_variables(params, adapter)
             layer_text = text if keys_values is None else TextContext(*keys_values, text.bias)
-            y = self._block.apply(self._layer_variables(params, adapter), x, modulation, layer_text, cos, sin,
-                                  history_length, past and HistoryKeysValues(*past))
+            past, tables, front = past and HistoryKeysValues(*past), (cos, sin), history_length
+            if is_last and front:
+                past_tables, tables = ([table[rows] for table in tables] for rows in (slice(front), slice(front, None)))
+                past = self._block.apply(own, x[:, :front], modulation, *past_tables, method=Block.history_keys_values)
+                x, front = x[:, front:], 0
+            y = self._block.apply(own, x, modulation, layer_text, *tables, front, past)
             if features:
-                kept = jax.lax.dynamic_update_index_in_dim(kept, y[:, history_length:], slot, 0)
+                kept = jax.lax.dynamic_update_index_in_dim(kept, y[:, front:], slot, 0)
             return (y, kept), None
 
-        if self.remat is not None:
-            policy = getattr(jax.checkpoint_policies, self.remat)
-            one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
-        keys_values = (text.keys, text.values) if isinstance(text, TextContext) else None
-        unroll = self.unroll or self.config.num_layers
-        (x, kept), _ = jax.lax.scan(one_layer, (x, kept), (blocks, lora, keys_values, history, slots), unroll=unroll)
+        def layer(is_last):
+            function = functools.partial(one_layer, is_last)
+            if self.remat is None:
+                return function
+            return jax.checkpoint(function, policy=getattr(jax.checkpoint_policies, self.remat), prevent_cse=False)
+
+        carry = (x, kept)
+        if layers > 1:
+            carry, _ = jax.lax.scan(layer(False), carry, jnp.arange(layers - 1), unroll=self.unroll or layers - 1)
+        (x, kept), _ = layer(True)(carry, layers - 1)
         return x, kept[:-1] if features else None
 
     # -- pieces -------------------------------------------------------------------------------------------------
