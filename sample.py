@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
                                               merge_lora=not given.get("lora_apart", False), mesh=mesh)
     for prompt, path in zip(prompts, paths, strict=True):
         stream = pipeline.stream(prompt, negative_prompt=given.get("negative_prompt", ""), image=image, video=frames,
-                                 prompt_schedule=schedule, options=run)
+                                 prompt_schedule=schedule, options=run, lookahead=True, frames_dtype="uint8")
         if not is_first:  # of several processes the first one writes
             collections.deque(stream, maxlen=0)
             continue

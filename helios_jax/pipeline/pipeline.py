@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from helios_jax.convert.load import load_pipeline_params
 from helios_jax.convert.rules import abstract_params
 from helios_jax.diffusion.history import replaces_anchor, update_anchor
 from helios_jax.diffusion.noise import NoiseSource, SeededNoise
-from helios_jax.errors import UserError
+from helios_jax.errors import NOT_FINITE, UserError
 from helios_jax.lora import adapter_tree, merge, read_lora
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.umt5 import UMT5Encoder
@@ -39,6 +39,7 @@ Array = jax.Array
 Params = Mapping[str, Any]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+FRAMES_DTYPES = ("float32", "uint8")
 # Above this many bytes for one full-resolution activation the VAE decodes one latent frame at a time.
 WHOLE_DECODE_BYTES = 256 * 2**20
 
@@ -49,7 +50,8 @@ class Chunk:
 
     Attributes:
       index: of the chunk in the video.
-      frames: float32 [B, F, H, W, 3] in [0, 1]; F is 33, less in the last chunk where the request ends inside it.
+      frames: [B, F, H, W, 3], float32 in [0, 1] or uint8, as the run was asked for; F is 33, less in the last chunk
+        where the request ends inside it.
       latents: float32 [B, 9, h, w, 16], normalised, on the device.
     """
 
@@ -92,6 +94,7 @@ class HeliosPipeline:
         self._context = sharding.jit(partition, self.transformer.text_context, static_argnames="total")
         self._encode = sharding.jit(partition, functools.partial(_encode_window, self.vae))
         self._decode = sharding.jit(partition, functools.partial(_decode_chunk, self.vae))
+        self._decode_uint8 = sharding.jit(partition, functools.partial(_decode_chunk_uint8, self.vae))
         self._samplers: dict[Any, ChunkSampler] = {}
 
     @classmethod
@@ -145,6 +148,8 @@ class HeliosPipeline:
         video: np.ndarray | None = None,
         prompt_schedule: Sequence[Any] = (),
         noise: NoiseSource | None = None,
+        lookahead: bool = False,
+        frames_dtype: str = "float32",
         options: SamplingOptions | None = None,
         **fields: Any,
     ) -> VideoStream:
@@ -159,6 +164,11 @@ class HeliosPipeline:
           video: [F, H, W, 3] or [B, F, H, W, 3] float in [-1, 1] of the asked size: video to video.
           prompt_schedule: prompt changes, see :func:`helios_jax.pipeline.prompts.checked_schedule`; for one prompt.
           noise: source of all randomness; default: ``SeededNoise`` of the seeds.
+          lookahead: the devices begin the next chunk before this one's frames are copied to the host, so they work on
+            while the caller does something with them. A change of prompt then makes that chunk anew, which asks the
+            noise source again: one that remembers what it gave (``TorchGeneratorNoise``) goes on elsewhere.
+          frames_dtype: of the chunks' frames: 'float32', or 'uint8', rounded on the device as
+            ``helios_jax.video.to_uint8`` does and a quarter of the bytes to copy.
           options, fields: :class:`SamplingOptions`, as an object or by keyword.
 
         Raises:
@@ -171,6 +181,8 @@ class HeliosPipeline:
         negatives = self._checked_prompts("negative_prompt", negative_prompt, len(prompts))
         options = dataclasses.replace(options or SamplingOptions(), **fields).checked(self.index, self.scheduler,
                                                                                       len(prompts))
+        if frames_dtype not in FRAMES_DTYPES:
+            raise UserError(f"frames_dtype: one of {', '.join(FRAMES_DTYPES)}, got {frames_dtype!r}")
         if image is not None and video is not None:
             raise UserError("image and video: give one of them, not both")
         pixels = _checked_pixels("image" if video is None else "video", image if video is None else video,
@@ -189,7 +201,7 @@ class HeliosPipeline:
             if len(prompts) > 1:
                 raise UserError(f"prompt_schedule: goes with one prompt, got {len(prompts)}")
         return VideoStream(self, prompts, negatives, changes, plan, encoder, pixels, video is not None,
-                           noise or SeededNoise(options.seed), options)
+                           noise or SeededNoise(options.seed), options, lookahead, frames_dtype)
 
     def _checked_prompts(self, name: str, prompts: Any, batch: int | None = None
                          ) -> tuple[str, ...] | text_path.PromptEmbedding:
@@ -216,7 +228,7 @@ class HeliosPipeline:
 
     def compiled_programs(self) -> int:
         """How many programs have been compiled for text context, VAE and denoising."""
-        return (sum(program._cache_size() for program in (self._context, self._encode, self._decode))
+        return (sum(program._cache_size() for program in (self._context, self._encode, self._decode, self._decode_uint8))
                 + sum(sampler.compiled_programs() for sampler in self._samplers.values()))
 
     @functools.cached_property
@@ -236,6 +248,23 @@ class HeliosPipeline:
         """Normalised latents [B, T, h, w, 16] -> frames [B, 1 + 4(T-1), H, W, 3] float32 in [0, 1]."""
         return self._decode(self.params["vae"], latents)
 
+    def decode_uint8(self, latents: Array) -> tuple[Array, Array]:
+        """As :meth:`decode`, but uint8 frames, and bool []: whether all numbers were finite before the rounding."""
+        return self._decode_uint8(self.params["vae"], latents)
+
+
+class _Work(NamedTuple):
+    """One chunk that the devices are making.
+
+    frames, finite: of :meth:`HeliosPipeline.decode` or :meth:`HeliosPipeline.decode_uint8`, one array per group of
+      videos (``finite`` is empty for float frames); latents: [B, 9, h, w, C]; condition: what the next chunk sees.
+    """
+
+    frames: list[Array]
+    finite: list[Array]
+    latents: Array
+    condition: Condition
+
 
 class VideoStream(Iterator[Chunk]):
     """A run in progress: iterate for its chunks, change the prompt in between.
@@ -248,10 +277,12 @@ class VideoStream(Iterator[Chunk]):
     def __init__(self, pipeline: HeliosPipeline, prompts: Sequence[str] | text_path.PromptEmbedding,
                  negatives: Sequence[str] | text_path.PromptEmbedding, changes: Sequence[PromptChange],
                  plan: SamplingPlan, encoder: ConditionEncoder, pixels: np.ndarray | None, is_video: bool,
-                 source: NoiseSource, options: SamplingOptions):
+                 source: NoiseSource, options: SamplingOptions, lookahead: bool, frames_dtype: str):
         self.num_frames, self.window = options.num_frames, encoder.window
         self.num_chunks = -(-options.num_frames // self.window)
         self.position = 0
+        self._lookahead, self._as_uint8 = lookahead, frames_dtype == "uint8"
+        self._begun: dict[int, _Work] = {}  # chunks from ``position`` on
         self._pipeline, self._source, self._layout, self._options = pipeline, source, plan.layout, options
         self._sampler = pipeline.sampler(plan, options.height, options.width)
         self._batch = len(prompts)
@@ -281,6 +312,7 @@ class VideoStream(Iterator[Chunk]):
         prompt = self._pipeline._checked_prompts("prompt", prompt, self._batch)
         self._track.change(self.position, self._pipeline.embed(prompt), blend)
         self._make_room()
+        self._begun.clear()
 
     def __iter__(self) -> VideoStream:
         return self
@@ -288,19 +320,43 @@ class VideoStream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self.position >= self.num_chunks:
             raise StopIteration
-        k, (history, anchor, has_anchor) = self.position, self._condition
+        k = self.position
+        work = self._work(k, self._condition)
+        if self._lookahead and k + 1 < self.num_chunks:
+            self._work(k + 1, work.condition)
+        frames = np.concatenate([np.asarray(part) for part in work.frames])
+        if not all(map(bool, work.finite)):
+            raise UserError(NOT_FINITE)
+        # Last, so that an interrupted chunk can be asked for again.
+        del self._begun[k]
+        self._condition = work.condition
+        self.position += 1
+        return Chunk(k, frames[:, : self.num_frames - k * self.window], work.latents)
+
+    def _work(self, k: int, condition: Condition) -> _Work:
+        """Has a chunk made, unless that was begun before. Waits for nothing."""
+        if k not in self._begun:
+            self._begun[k] = self._begin(k, condition)
+        return self._begun[k]
+
+    def _begin(self, k: int, condition: Condition) -> _Work:
+        history, anchor, has_anchor = condition
         drawn = self._sampler.draw(self._source, k, self._batch)
-        latents, frames = [], []
+        latents, frames, finite = [], [], []
         for group, text in zip(self._groups, self._text(k), strict=True):
             latents.append(self._sampler.denoise(self._pipeline.variables, [x[group] for x in drawn], k, text,
                                                  history[group], anchor[group]))
-            frames.append(np.asarray(self._pipeline.decode(latents[-1])))
+            if self._as_uint8:
+                decoded, is_finite = self._pipeline.decode_uint8(latents[-1])
+                finite.append(is_finite)
+            else:
+                decoded = self._pipeline.decode(latents[-1])
+            frames.append(decoded)
+        jax.copy_to_host_async((frames, finite))
         new = jnp.concatenate(latents)
         replace = replaces_anchor(k, has_anchor, self._options.skip_first_chunk)
-        # Last, so that an interrupted chunk can be asked for again.
-        self._condition = Condition(self._layout.append(history, new), update_anchor(anchor, new, replace), has_anchor)
-        self.position += 1
-        return Chunk(k, np.concatenate(frames)[:, : self.num_frames - k * self.window], new)
+        return _Work(frames, finite, new,
+                     Condition(self._layout.append(history, new), update_anchor(anchor, new, replace), has_anchor))
 
     def _make_room(self) -> None:
         """Chooses the number of text rows per group; it only grows."""
@@ -349,6 +405,11 @@ def _decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
     else:
         video = decode_in_steps(vae, params, z)
     return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+
+
+def _decode_chunk_uint8(vae: WanVAE, params: Params, latents: Array) -> tuple[Array, Array]:
+    frames = _decode_chunk(vae, params, latents)
+    return jnp.rint(frames * 255).astype(jnp.uint8), jnp.isfinite(frames).all()
 
 
 def _checked_pixels(name: str, pixels: np.ndarray | None, batch: int, height: int, width: int) -> np.ndarray | None:
