@@ -6,9 +6,12 @@ time per chunk do not depend on how many chunks came before.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,9 +86,9 @@ class HeliosPipeline:
         self.transformer = HeliosTransformer(folder.transformer, dtype, unroll)
         self.vae = WanVAE(folder.vae, vae_dtype, "taps" if on_cpu else "3d")
         self.text_encoder = UMT5Encoder(folder.text_encoder, dtype)
-        self.params = dict(params)
         self._partition = partition
-        self.variables = {"params": params["transformer"]}
+        self.variables = {}
+        self._bind(params)
         if lora:
             self.variables["lora"] = jax.tree.map(jnp.asarray, lora) if partition is None else sharding.place(
                 lora, sharding.param_shardings(partition, lora))
@@ -97,10 +100,15 @@ class HeliosPipeline:
         self._decode_uint8 = sharding.jit(partition, functools.partial(_decode_chunk_uint8, self.vae))
         self._samplers: dict[Any, ChunkSampler] = {}
 
+    def _bind(self, params: Mapping[str, Params]) -> None:
+        self.params = dict(params)
+        self.variables["params"] = params["transformer"]
+
     @classmethod
     def from_pretrained(cls, model: str | Path, *, dtype: str = "float32", vae_dtype: str = "float32",
                         lora: Sequence[tuple[str | Path, float]] = (), merge_lora: bool = True,
-                        unroll: int | None = None, mesh: MeshConfig | None = None) -> HeliosPipeline:
+                        unroll: int | None = None, mesh: MeshConfig | None = None,
+                        compile_for: Mapping[str, Any] | None = None) -> HeliosPipeline:
         """Loads a checkpoint.
 
         Args:
@@ -109,13 +117,13 @@ class HeliosPipeline:
           lora: (file or folder, weight) pairs.
           merge_lora: add the adapters to the weights; False keeps them apart.
           mesh: divide the model over several devices (docs/pods.md); None takes the first one.
+          compile_for: arguments of :meth:`compile`: its programs are compiled while the weights are read.
 
         Raises:
           UserError: the checkpoint or an adapter cannot be used, or the mesh does not fit; one line.
         """
         for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
-            if value not in DTYPES:
-                raise UserError(f"{name}: one of {', '.join(DTYPES)}, got {value!r}")
+            check.checked_choice(name, value, tuple(DTYPES))
         compute, vae_compute = DTYPES[dtype], DTYPES[vae_dtype]
         folder = read_model_folder(resolve_model(model))
         partition = None if mesh is None else Partition.create(mesh)
@@ -123,17 +131,86 @@ class HeliosPipeline:
             partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         # The small files first: a mistake in them shows before gigabytes are read.
         loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
-        _, params = load_pipeline_params(
-            folder.root, dtype={"transformer": compute, "text_encoder": compute, "vae": vae_compute},
-            sharding=component_shardings(folder, partition))
-        adapters = None
-        if loaded:
-            if merge_lora:
+        dtypes = {"transformer": compute, "text_encoder": compute, "vae": vae_compute}
+        places = component_shardings(folder, partition)
+        pipeline = cls(folder, _abstract_params(folder, dtypes, places), dtype=compute, vae_dtype=vae_compute,
+                       lora=None if merge_lora or not loaded else adapter_tree(loaded), unroll=unroll,
+                       partition=partition)
+        with ThreadPoolExecutor(1) as beside:
+            compiled = None if compile_for is None else beside.submit(pipeline.compile, **compile_for)
+            _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=places)
+            if loaded and merge_lora:
                 params["transformer"] = merge(params["transformer"], loaded)
-            else:
-                adapters = adapter_tree(loaded)
-        return cls(folder, params, dtype=compute, vae_dtype=vae_compute, lora=adapters, unroll=unroll,
-                   partition=partition)
+            if compiled is not None:
+                compiled.result()
+        pipeline._bind(params)
+        return pipeline
+
+    def compile(self, prompts: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] = "",
+                frames_dtype: str = "float32", options: SamplingOptions | None = None, **fields: Any) -> None:
+        """Compiles, several at a time, what :meth:`stream` with these arguments will run; nothing is computed.
+
+        The programs of an image or a video that begins a run are left out, and on a mesh those of the text.
+
+        Args:
+          prompts, negative_prompt: of which only the numbers of tokens count; prompts that come later included.
+          frames_dtype, options, fields: as for :meth:`stream`.
+
+        Raises:
+          UserError: any field out of range.
+        """
+        check.checked_choice("frames_dtype", frames_dtype, FRAMES_DTYPES)
+        options = self._checked_options(options, fields)
+        plan, videos, place = self._plan(options), options.videos_at_once, self._place
+        texts = [*check.checked_prompts("prompt", prompts)]
+        texts += check.checked_prompts("negative_prompt", negative_prompt) if plan.guided else ()
+        lengths = np.array([len(ids) for ids in text_path.token_ids(self._tokens, texts)])
+        rows = rows_needed([text_path.PromptEmbedding(None, lengths)], options.text_rows)
+        rows = jax.ShapeDtypeStruct((videos * (2 if plan.guided else 1), rows, self.folder.transformer.text_dim),
+                                    self.text_encoder.dtype, sharding=place)
+        counts = jax.ShapeDtypeStruct(rows.shape[:1], jnp.int32)
+        context = functools.partial(self._context, total=text_path.MAX_TOKENS)
+        text = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                            jax.eval_shape(context, self.variables, rows, counts))
+        sampler = self.sampler(plan, options.height, options.width)
+        latents = jax.ShapeDtypeStruct((videos, plan.layout.chunk, *sampler.size, sampler.channels), jnp.float32,
+                                       sharding=place)
+        decode = self._decode_uint8 if frames_dtype == "uint8" else self._decode
+        lowerings = [*sampler.lowerings(self.variables, text, videos, place),
+                     lambda: decode.lower(self.params["vae"], latents)]
+        if self._partition is None:
+            lowerings.append(lambda: self._context.lower(self.variables, rows, counts, total=text_path.MAX_TOKENS))
+            lowerings += [functools.partial(text_path.lower_encoder, self.text_encoder, self.params["text_encoder"], n)
+                          for n in sorted({text_path.stored_rows(n) for n in lengths})]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            collections.deque(pool.map(lambda lower: lower().compile(), lowerings), maxlen=0)
+
+    @property
+    def _place(self) -> jax.sharding.Sharding | None:
+        """Where the programs' results lie; None where the parameters are bound to no device."""
+        if self._partition is not None:
+            return self._partition.replicated
+        leaf = jax.tree.leaves(self.params["vae"])[0]
+        place = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+        return place if isinstance(place, jax.sharding.SingleDeviceSharding) else None
+
+    def placed(self, x: Array) -> Array:
+        """An array where the programs leave theirs: they are compiled anew for one that lies elsewhere or nowhere."""
+        if self._partition is not None:
+            return sharding.place(x, self._partition.replicated)
+        return x if self._place is None else jax.device_put(x, self._place)
+
+    def _checked_options(self, options: SamplingOptions | None, fields: Mapping[str, Any], batch: int = 1
+                         ) -> SamplingOptions:
+        names = {field.name for field in dataclasses.fields(SamplingOptions)}
+        if unknown := sorted(set(fields) - names):
+            raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(names))}")
+        return dataclasses.replace(options or SamplingOptions(), **fields).checked(self.index, self.scheduler, batch)
+
+    def _plan(self, options: SamplingOptions) -> SamplingPlan:
+        return SamplingPlan.for_model(self.index, steps=options.steps, guidance_scale=options.guidance_scale,
+                                      use_zero_init=options.use_zero_init, zero_steps=options.zero_steps,
+                                      amplify_first_chunk=options.amplify_first_chunk)
 
     def __call__(self, prompt: str | Sequence[str], **request: Any) -> np.ndarray:
         """The whole video, float32 [B, F, H, W, 3] in [0, 1]. Arguments as :meth:`stream`."""
@@ -174,22 +251,15 @@ class HeliosPipeline:
         Raises:
           UserError: any field out of range.
         """
-        names = {field.name for field in dataclasses.fields(SamplingOptions)}
-        if unknown := sorted(set(fields) - names):
-            raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(names))}")
         prompts = self._checked_prompts("prompt", prompt)
         negatives = self._checked_prompts("negative_prompt", negative_prompt, len(prompts))
-        options = dataclasses.replace(options or SamplingOptions(), **fields).checked(self.index, self.scheduler,
-                                                                                      len(prompts))
-        if frames_dtype not in FRAMES_DTYPES:
-            raise UserError(f"frames_dtype: one of {', '.join(FRAMES_DTYPES)}, got {frames_dtype!r}")
+        options = self._checked_options(options, fields, len(prompts))
+        check.checked_choice("frames_dtype", frames_dtype, FRAMES_DTYPES)
         if image is not None and video is not None:
             raise UserError("image and video: give one of them, not both")
         pixels = _checked_pixels("image" if video is None else "video", image if video is None else video,
                                  len(prompts), options.height, options.width)
-        plan = SamplingPlan.for_model(self.index, steps=options.steps, guidance_scale=options.guidance_scale,
-                                      use_zero_init=options.use_zero_init, zero_steps=options.zero_steps,
-                                      amplify_first_chunk=options.amplify_first_chunk)
+        plan = self._plan(options)
         if self._partition is not None:
             self._partition.attention.check(options.videos_at_once * (2 if plan.guided else 1),
                                             self.folder.transformer.num_attention_heads)
@@ -228,13 +298,17 @@ class HeliosPipeline:
 
     def compiled_programs(self) -> int:
         """How many programs have been compiled for text context, VAE and denoising."""
-        return (sum(program._cache_size() for program in (self._context, self._encode, self._decode, self._decode_uint8))
+        programs = (self._context, self._encode, self._decode, self._decode_uint8)
+        return (sum(program._cache_size() for program in programs)
                 + sum(sampler.compiled_programs() for sampler in self._samplers.values()))
 
     @functools.cached_property
     def _prompt_encoder(self) -> text_path.PromptEncoder:
-        tokenizer = self._tokenizer or text_path.Tokenizer.from_folder(self.folder.tokenizer)
-        return text_path.PromptEncoder(self.text_encoder, self.params["text_encoder"], tokenizer)
+        return text_path.PromptEncoder(self.text_encoder, self.params["text_encoder"], self._tokens)
+
+    @functools.cached_property
+    def _tokens(self) -> text_path.TokenEncoder:
+        return self._tokenizer or text_path.Tokenizer.from_folder(self.folder.tokenizer)
 
     def embed(self, prompts: Sequence[str] | text_path.PromptEmbedding) -> text_path.PromptEmbedding:
         """Encoded prompts; embeddings pass through."""
@@ -296,9 +370,11 @@ class VideoStream(Iterator[Chunk]):
         self._make_room()
         self._contexts: tuple[text_path.PromptEmbedding, list[TextContext]] | None = None
         if pixels is None:
-            self._condition = encoder.empty(self._batch, options.height, options.width)
+            condition = encoder.empty(self._batch, options.height, options.width)
         else:
-            self._condition = (encoder.video if is_video else encoder.image)(source, jnp.asarray(pixels))
+            condition = (encoder.video if is_video else encoder.image)(source, jnp.asarray(pixels))
+        self._condition = condition._replace(history=pipeline.placed(condition.history),
+                                             anchor=pipeline.placed(condition.anchor))
 
     def set_prompt(self, prompt: str | Sequence[str] | text_path.PromptEmbedding, blend: int = 0) -> None:
         """Changes the prompt from the next chunk on, at once or blended over ``blend`` chunks.
@@ -374,6 +450,18 @@ class VideoStream(Iterator[Chunk]):
                 contexts.append(self._pipeline.context(text_path.concatenate([with_rows(e, rows) for e in parts])))
             self._contexts = (prompts, contexts)
         return self._contexts[1]
+
+
+def _abstract_params(folder: ModelFolder, dtypes: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Params]:
+    """Shapes, dtypes and places of the parameters that :func:`load_pipeline_params` will return."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    found = {}
+    for name, dtype in dtypes.items():
+        abstract, place = abstract_params(name, folder.config(name), dtype), places.get(name, default)
+        if isinstance(place, jax.sharding.Sharding):
+            place = jax.tree.map(lambda _, place=place: place, abstract)
+        found[name] = sharding.with_shardings(abstract, place)
+    return found
 
 
 def component_shardings(folder: ModelFolder, partition: Partition | None) -> dict[str, Any]:
