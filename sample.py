@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
                        "python -m helios_jax.convert (default: the small model in the box)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of transformer and text encoder "
                        "(default float32 on a CPU, else bfloat16)")
+    model.add_argument("--vae_dtype", choices=("float32", "bfloat16"), help="of the video decoder and encoder (default "
+                       "as --dtype)")
     model.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="may be given several times; weight 1 "
                        "if none is given")
     model.add_argument("--lora_apart", action="store_true", help="keep LoRA beside the weights instead of merging it")
@@ -96,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--output", metavar="PATH", help="NAME.mp4, NAME.gif, or a NAME without suffix for a folder of "
                      "PNG frames; with --prompts_file a folder (default: outputs/, named by the prompt)")
     out.add_argument("--format", choices=SUFFIXES, help="where --output does not say it (default mp4)")
+    out.add_argument("--compile_cache", metavar="DIR", help="folder that keeps compiled programs for later runs, or "
+                     "'off' (default: helios_jax/programs in the user's cache folder)")
     out.add_argument("--quiet", action="store_true", help="no progress on stderr")
     out.add_argument("--config", metavar="FILE", help="a JSON file whose keys are the long options without dashes; the "
                      "command line wins")
@@ -284,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import jax
 
-    from helios_jax import distributed
+    from helios_jax import compilation, distributed
     from helios_jax import video as video_io
     from helios_jax.convert.folder import read_model_folder, resolve_model
     from helios_jax.pipeline.pipeline import HeliosPipeline
@@ -324,13 +328,19 @@ def main(argv: list[str] | None = None) -> int:
     for path in paths if is_first else ():
         video_io.VideoWriter(path, fps).discard()  # finds every output that cannot be written
 
+    if given.get("compile_cache") != "off" and (note := compilation.use_cache(given.get("compile_cache"))):
+        print(note, file=sys.stderr)
     dtype = given.get("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
-    pipeline = HeliosPipeline.from_pretrained(folder.root, dtype=dtype, lora=lora,
-                                              merge_lora=not given.get("lora_apart", False), mesh=mesh,
-                                              stream_weights=given.get("stream_weights", False))
+    negative, frames_dtype = given.get("negative_prompt", ""), "uint8"
+    ahead = {"prompts": [prompts[0], *(change.prompt for change in schedule)], "negative_prompt": negative,
+             "frames_dtype": frames_dtype, "options": run}
+    pipeline = HeliosPipeline.from_pretrained(
+        folder.root, dtype=dtype, vae_dtype=given.get("vae_dtype", dtype), lora=lora,
+        merge_lora=not given.get("lora_apart", False), mesh=mesh,
+        stream_weights=given.get("stream_weights", False), compile_for=ahead)
     for prompt, path in zip(prompts, paths, strict=True):
-        stream = pipeline.stream(prompt, negative_prompt=given.get("negative_prompt", ""), image=image, video=frames,
-                                 prompt_schedule=schedule, options=run)
+        stream = pipeline.stream(prompt, negative_prompt=negative, image=image, video=frames, prompt_schedule=schedule,
+                                 options=run, lookahead=True, frames_dtype=frames_dtype)
         if not is_first:  # of several processes the first one writes
             collections.deque(stream, maxlen=0)
             continue

@@ -50,7 +50,7 @@ def loaded(models):
     real = HeliosPipeline.from_pretrained.__func__
 
     def from_pretrained(cls, model, **options):
-        pipe = real(cls, model, **options)
+        pipe = real(cls, model, **options | {"compile_for": None})
         compiled = known.setdefault(str(model), pipe)
         if options["lora"]:  # other weights, the same programs
             compiled = copy.copy(compiled)

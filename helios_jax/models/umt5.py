@@ -238,6 +238,7 @@ class UMT5Encoder(nn.Module):
         the linear maps (attention weights and sums, the gate of the feed-forward) are float32 in any case.
       param_dtype: type of freshly initialised parameters. Loaded parameters may have any float type.
       unroll: layers per step of the scan over layers; ``config.num_layers`` unrolls it, which compiles longer.
+      streamed: for :func:`encode`: the table of tokens and the layers' weights lie in the host's memory.
 
     Source: transformers ``UMT5EncoderModel`` (eager attention, no dropout).
     """
@@ -246,6 +247,7 @@ class UMT5Encoder(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     unroll: int = 1
+    streamed: bool = False
 
     @nn.compact
     def __call__(self, ids: Array, mask: Array) -> Array:
@@ -268,9 +270,9 @@ class UMT5Encoder(nn.Module):
         return jax.jit(lambda key: unbox(self.init(key, ids, ids == 0)["params"]))(key)
 
 
-def encode(encoder: UMT5Encoder, params: Mapping[str, Any], ids: Array, mask: Array, streamed: bool = False) -> Array:
-    """``encoder.apply({"params": params}, ids, mask)``, also of weights in the host's memory (``streamed``)."""
-    if not streamed:
+def encode(encoder: UMT5Encoder, params: Mapping[str, Any], ids: Array, mask: Array) -> Array:
+    """``encoder.apply({"params": params}, ids, mask)``, also with weights in the host's memory."""
+    if not encoder.streamed:
         return encoder.apply({"params": params}, ids, mask)
     config, types, mask = encoder.config, (encoder.dtype, encoder.param_dtype), mask.astype(bool)
     x = Embedding(config.vocab_size, config.d_model, *types).apply({"params": to_device(params["shared"])}, ids)
