@@ -68,7 +68,8 @@ def test_velocity_equals_that_of_blocks_that_work_on_all_tokens(options, monkeyp
 
 
 def test_the_last_block_computes_only_keys_and_values_of_the_history(monkeypatch):
-    model, past, current = HeliosTransformer(CONFIG, for_sampling=True), normal(1, 2, 19, 8, 12, 3), normal(0, 2, 9, 4, 6, 3)
+    model = HeliosTransformer(CONFIG, for_sampling=True)
+    past, current = normal(1, 2, 19, 8, 12, 3), normal(0, 2, 9, 4, 6, 3)
 
     def flops():
         return count_flops(jax.make_jaxpr(velocity(model))(random_params(CONFIG), current, past))
