@@ -236,20 +236,18 @@ def outputs(given: dict[str, Any], prompts: list[str]) -> list[Path]:
 class Progress:
     """One line on stderr: frames, chunks, frames per second, time left."""
 
-    def __init__(self, label: str, stream: VideoStream, quiet: bool, compiles: bool):
+    def __init__(self, label: str, stream: VideoStream, quiet: bool):
         self.label, self.total, self.frames, self.quiet = label, stream.num_chunks, stream.num_frames, quiet
-        self.compiles = compiles  # the first chunk's time includes compilation and says little about the others
         self.last = time.monotonic()
         self.done = 0
-        self._show("first chunk under way" + " (the model is being compiled)" * compiles)
+        self._show("first chunk under way")
 
     def update(self, chunk: int, frames: int) -> None:
         now = time.monotonic()
         rate, self.last = frames / (now - self.last), now
         self.done += frames
         left = int((self.frames - self.done) / rate)
-        rest = "with compilation" if self.compiles and not chunk else f"{left // 60}:{left % 60:02d} left"
-        self._show(f"chunk {chunk + 1}/{self.total}, {rate:.1f} frames/s, {rest}")
+        self._show(f"chunk {chunk + 1}/{self.total}, {rate:.1f} frames/s, {left // 60}:{left % 60:02d} left")
 
     def _show(self, line: str) -> None:
         if not self.quiet:
@@ -334,6 +332,8 @@ def main(argv: list[str] | None = None) -> int:
     negative, frames_dtype = given.get("negative_prompt", ""), "uint8"
     ahead = {"prompts": [prompts[0], *(change.prompt for change in schedule)], "negative_prompt": negative,
              "frames_dtype": frames_dtype, "options": run}
+    if not given.get("quiet", False):
+        print("reading the weights, compiling the programs", file=sys.stderr, flush=True)
     pipeline = HeliosPipeline.from_pretrained(
         folder.root, dtype=dtype, vae_dtype=given.get("vae_dtype", dtype), lora=lora,
         merge_lora=not given.get("lora_apart", False), mesh=mesh,
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
         if not is_first:  # of several processes the first one writes
             collections.deque(stream, maxlen=0)
             continue
-        progress = Progress(path.name, stream, given.get("quiet", False), compiles=path == paths[0])
+        progress = Progress(path.name, stream, given.get("quiet", False))
         sample_one(stream, video_io.VideoWriter(path, fps), progress)
     return 0
 
