@@ -13,7 +13,7 @@ from helios_jax.config import VAEConfig
 from helios_jax.convert.folder import read_component_config
 from helios_jax.convert.load import load_component
 from helios_jax.models.vae import WanVAE
-from helios_jax.pipeline.pipeline import _decode_chunk
+from helios_jax.pipeline.pipeline import decode_chunk
 
 BOX = Path(__file__).resolve().parents[1] / "assets" / "helios-tiny" / "vae"
 
@@ -23,7 +23,7 @@ def psnr(config: VAEConfig, params: dict, latents: jax.Array) -> float:
 
     def frames(dtype):
         own = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        return jax.jit(lambda p, z: _decode_chunk(WanVAE(config, dtype), p, z))(own, latents)
+        return jax.jit(lambda p, z: decode_chunk(WanVAE(config, dtype), p, z))(own, latents)
 
     exact = np.asarray(frames(jnp.float32), np.float64)
     assert 0.02 < exact.std() < 0.5  # a picture

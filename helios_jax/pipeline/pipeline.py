@@ -101,8 +101,8 @@ class HeliosPipeline:
         # Compiled here and not per run, so that a second video of the same size compiles nothing.
         self._context = sharding.jit(partition, self.transformer.text_context, static_argnames="total")
         self._encode = sharding.jit(partition, functools.partial(_encode_window, self.vae))
-        self._decode = sharding.jit(partition, functools.partial(_decode_chunk, self.vae))
-        self._decode_uint8 = sharding.jit(partition, functools.partial(_decode_chunk_uint8, self.vae))
+        self._decode = sharding.jit(partition, functools.partial(decode_chunk, self.vae))
+        self._decode_uint8 = sharding.jit(partition, functools.partial(decode_chunk_uint8, self.vae))
         self._samplers: dict[Any, ChunkSampler] = {}
 
     def _bind(self, params: Mapping[str, Params]) -> None:
@@ -511,7 +511,7 @@ def _encode_window(vae: WanVAE, params: Params, video: Array, eps: Array) -> Arr
     return z.astype(jnp.float32)
 
 
-def _decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
+def decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
     """Decodes one chunk on its own, whole where it is small, else latent frame by latent frame."""
     z = denormalize_latents(latents.astype(vae.dtype), vae.config)
     b, t, h, w, _ = z.shape
@@ -523,8 +523,8 @@ def _decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
     return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
 
 
-def _decode_chunk_uint8(vae: WanVAE, params: Params, latents: Array) -> tuple[Array, Array]:
-    frames = _decode_chunk(vae, params, latents)
+def decode_chunk_uint8(vae: WanVAE, params: Params, latents: Array) -> tuple[Array, Array]:
+    frames = decode_chunk(vae, params, latents)
     return jnp.rint(frames * 255).astype(jnp.uint8), jnp.isfinite(frames).all()
 
 

@@ -6,9 +6,9 @@
 
 It needs libtpu (``pip install libtpu``), no TPU. The step is the trainer's own, with the run's mesh, batch and
 optimizer; only the data may be missing, and then random records of the asked size stand in. ``--sample N`` compiles the
-sampler's own programs for one chunk of N videos instead, one per pyramid level. Printed are the memory of a chip by
-kind, the arithmetic, the collectives, and a modelled time with what it assumes. Exit code 0: it fits; 1: it does not,
-and the last line names a change that makes it fit (compiled, too); 2: a mistake in the arguments.
+sampler's own programs for one chunk of N videos instead, one per pyramid level, and the VAE's decoder. Printed are the
+memory of a chip by kind, the arithmetic, the collectives, and a modelled time with what it assumes. Exit code 0: it
+fits; 1: it does not, and the last line names a change that makes it fit (compiled, too); 2: a mistake in the arguments.
 """
 
 from __future__ import annotations

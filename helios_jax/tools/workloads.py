@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from helios_jax import sharding
+from helios_jax.config import VAEConfig
 from helios_jax.convert.rules import abstract_params, flatten, unflatten
 from helios_jax.diffusion import guidance
 from helios_jax.models.streaming import is_streamed
 from helios_jax.models.transformer import HeliosTransformer, TextContext
+from helios_jax.models.vae import WanVAE
+from helios_jax.pipeline.pipeline import decode_chunk
 from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
 from helios_jax.sharding import Partition
 from helios_jax.tools.roofline import count_flops
@@ -98,10 +102,10 @@ def _step_flops(program: Program, batch: PyTree) -> tuple[float, float]:
 
 def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, int], videos: int,
                        streamed: bool = False) -> tuple[Partition, list[Workload]]:
-    """The sampler's own programs for one chunk of the run's model, one per pyramid level, in the run's dtype.
+    """The pipeline's own programs for one chunk of the run's model, in the run's dtype: a pyramid level each, decoding.
 
-    The transformer's parameters are in that dtype, too; steps and guidance are those of the run's sample videos. A
-    level's program holds all its steps; the VAE and the text encoder are not part of it.
+    The parameters are in that dtype, too; steps and guidance are those of the run's sample videos. A level's program
+    holds all its steps. The VAE is the published one; the text encoder, which runs once per prompt, is left out.
 
     Args:
       run: of an objective that trains a transformer.
@@ -161,4 +165,20 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
                         {name: bytes_per_chip(tree) for name, tree in arguments.items()}, lower, flops,
                         bytes_per_chip(in_host))
 
-    return partition, [workload(stage) for stage in range(scheduler.stages)]
+    return partition, [*(workload(stage) for stage in range(scheduler.stages)),
+                       _decoding(partition, dtype, array((videos, plan.layout.chunk, *sampler.size, sampler.channels)))]
+
+
+def _decoding(partition: Partition, dtype: Any, latents: jax.ShapeDtypeStruct) -> Workload:
+    """From a chunk's latents to its frames."""
+    vae = WanVAE(VAEConfig(), dtype, "3d")
+    params = abstract_params("vae", vae.config, dtype)
+    params = sharding.with_shardings(params, jax.tree.map(lambda _: partition.replicated, params))
+    function = functools.partial(decode_chunk, vae)
+
+    def flops() -> tuple[float, float]:
+        count = count_flops(jax.make_jaxpr(function)(params, latents))
+        return count, count
+
+    return Workload("decoding", 1, {"parameters": bytes_per_chip(params), "latents": bytes_per_chip(latents)},
+                    lambda: sharding.jit(partition, function).lower(params, latents), flops)
