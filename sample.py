@@ -68,10 +68,14 @@ def parser() -> argparse.ArgumentParser:
                        "python -m helios_jax.convert (default: the small model in the box)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of transformer and text encoder "
                        "(default float32 on a CPU, else bfloat16)")
+    model.add_argument("--vae_dtype", choices=("float32", "bfloat16"), help="of the video decoder and encoder (default "
+                       "as --dtype)")
     model.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="may be given several times; weight 1 "
                        "if none is given")
     model.add_argument("--lora_apart", action="store_true", help="keep LoRA beside the weights instead of merging it")
 
+    model.add_argument("--stream_weights", action="store_true", help="keep the weights in the host's memory and copy "
+                       "them to the device layer by layer, for cards that the model does not fit")
     model.add_argument("--mesh", metavar="AXIS=N[,...]", help="divide the model over several devices: sizes of axes "
                        "data, fsdp, context, tensor; one may be -1 for all that remain: fsdp=2,context=-1 "
                        "(default: one device)")
@@ -94,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--output", metavar="PATH", help="NAME.mp4, NAME.gif, or a NAME without suffix for a folder of "
                      "PNG frames; with --prompts_file a folder (default: outputs/, named by the prompt)")
     out.add_argument("--format", choices=SUFFIXES, help="where --output does not say it (default mp4)")
+    out.add_argument("--compile_cache", metavar="DIR", help="folder that keeps compiled programs for later runs, or "
+                     "'off' (default: helios_jax/programs in the user's cache folder)")
     out.add_argument("--quiet", action="store_true", help="no progress on stderr")
     out.add_argument("--config", metavar="FILE", help="a JSON file whose keys are the long options without dashes; the "
                      "command line wins")
@@ -230,20 +236,18 @@ def outputs(given: dict[str, Any], prompts: list[str]) -> list[Path]:
 class Progress:
     """One line on stderr: frames, chunks, frames per second, time left."""
 
-    def __init__(self, label: str, stream: VideoStream, quiet: bool, compiles: bool):
+    def __init__(self, label: str, stream: VideoStream, quiet: bool):
         self.label, self.total, self.frames, self.quiet = label, stream.num_chunks, stream.num_frames, quiet
-        self.compiles = compiles  # the first chunk's time includes compilation and says little about the others
         self.last = time.monotonic()
         self.done = 0
-        self._show("first chunk under way" + " (the model is being compiled)" * compiles)
+        self._show("first chunk under way")
 
     def update(self, chunk: int, frames: int) -> None:
         now = time.monotonic()
         rate, self.last = frames / (now - self.last), now
         self.done += frames
         left = int((self.frames - self.done) / rate)
-        rest = "with compilation" if self.compiles and not chunk else f"{left // 60}:{left % 60:02d} left"
-        self._show(f"chunk {chunk + 1}/{self.total}, {rate:.1f} frames/s, {rest}")
+        self._show(f"chunk {chunk + 1}/{self.total}, {rate:.1f} frames/s, {left // 60}:{left % 60:02d} left")
 
     def _show(self, line: str) -> None:
         if not self.quiet:
@@ -282,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import jax
 
-    from helios_jax import distributed
+    from helios_jax import compilation, distributed
     from helios_jax import video as video_io
     from helios_jax.convert.folder import read_model_folder, resolve_model
     from helios_jax.pipeline.pipeline import HeliosPipeline
@@ -322,16 +326,25 @@ def main(argv: list[str] | None = None) -> int:
     for path in paths if is_first else ():
         video_io.VideoWriter(path, fps).discard()  # finds every output that cannot be written
 
+    if given.get("compile_cache") != "off" and (note := compilation.use_cache(given.get("compile_cache"))):
+        print(note, file=sys.stderr)
     dtype = given.get("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
-    pipeline = HeliosPipeline.from_pretrained(folder.root, dtype=dtype, lora=lora,
-                                              merge_lora=not given.get("lora_apart", False), mesh=mesh)
+    negative, frames_dtype = given.get("negative_prompt", ""), "uint8"
+    ahead = {"prompts": [prompts[0], *(change.prompt for change in schedule)], "negative_prompt": negative,
+             "frames_dtype": frames_dtype, "options": run}
+    if not given.get("quiet", False):
+        print("reading the weights, compiling the programs", file=sys.stderr, flush=True)
+    pipeline = HeliosPipeline.from_pretrained(
+        folder.root, dtype=dtype, vae_dtype=given.get("vae_dtype", dtype), lora=lora,
+        merge_lora=not given.get("lora_apart", False), mesh=mesh,
+        stream_weights=given.get("stream_weights", False), compile_for=ahead)
     for prompt, path in zip(prompts, paths, strict=True):
-        stream = pipeline.stream(prompt, negative_prompt=given.get("negative_prompt", ""), image=image, video=frames,
-                                 prompt_schedule=schedule, options=run)
+        stream = pipeline.stream(prompt, negative_prompt=negative, image=image, video=frames, prompt_schedule=schedule,
+                                 options=run, lookahead=True, frames_dtype=frames_dtype)
         if not is_first:  # of several processes the first one writes
             collections.deque(stream, maxlen=0)
             continue
-        progress = Progress(path.name, stream, given.get("quiet", False), compiles=path == paths[0])
+        progress = Progress(path.name, stream, given.get("quiet", False))
         sample_one(stream, video_io.VideoWriter(path, fps), progress)
     return 0
 

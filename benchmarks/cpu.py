@@ -91,18 +91,21 @@ def torch_pipelines(base: Path, distilled: Path):
 
     one = diffusers.HeliosPipeline.from_pretrained(base, torch_dtype=torch.float32)
     few = diffusers.HeliosPyramidPipeline.from_pretrained(distilled, torch_dtype=torch.float32)
-
-    def block_noise(batch, channels, frames, height, width, patch_size=(1, 2, 2), device=None, generator=None):
-        covariance = torch.eye(4, dtype=torch.float64) * (4 / 3) - 1 / 3 + 1e-8 * torch.eye(4, dtype=torch.float64)
-        factor = torch.linalg.cholesky(covariance).float()
-        z = torch.randn(batch * channels * frames * (height // 2) * (width // 2), 4, generator=generator)
-        noise = (z @ factor.T).view(batch, channels, frames, height // 2, width // 2, 2, 2)
-        return noise.permute(0, 1, 2, 3, 5, 4, 6).reshape(batch, channels, frames, height, width)
-
-    few.sample_block_noise = block_noise
+    few.sample_block_noise = exact_block_noise
     for pipe in (one, few):
         pipe.set_progress_bar_config(disable=True)
     return one, few
+
+
+def exact_block_noise(batch, channels, frames, height, width, patch_size=(1, 2, 2), device=None, generator=None):
+    """diffusers' ``sample_block_noise`` with the covariance factorised in float64."""
+    import torch
+
+    covariance = torch.eye(4, dtype=torch.float64) * (4 / 3) - 1 / 3 + 1e-8 * torch.eye(4, dtype=torch.float64)
+    factor = torch.linalg.cholesky(covariance).float()
+    z = torch.randn(batch * channels * frames * (height // 2) * (width // 2), 4, generator=generator)
+    noise = (z @ factor.T).view(batch, channels, frames, height // 2, width // 2, 2, 2)
+    return noise.permute(0, 1, 2, 3, 5, 4, 6).reshape(batch, channels, frames, height, width)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict]:

@@ -11,6 +11,8 @@ import functools
 import sys
 from collections.abc import Callable
 
+NOT_FINITE = "frames: got NaN or infinity, need finite numbers (a 16-bit run may have overflowed)"
+
 
 class UserError(ValueError):
     """A mistake of the user: the message is one line that says what is wrong and what is allowed."""

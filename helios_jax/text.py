@@ -26,12 +26,13 @@ import tokenizers
 
 from helios_jax.config import read_json
 from helios_jax.errors import UserError
-from helios_jax.models.umt5 import UMT5Encoder
+from helios_jax.models.umt5 import UMT5Encoder, encode
 from helios_jax.spiece import ends_with, tokenizer_from_spiece
 
 Array = jax.Array
 
 MAX_TOKENS = 512
+ROWS_MULTIPLE = 32  # granularity of the lengths for which the encoder is compiled
 
 # Unicode white space. Python's own \s also takes the separators U+001C to U+001F, the original's does not.
 _WHITE_SPACE = re.compile(r"[\t-\r\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
@@ -246,7 +247,32 @@ def blend(a: PromptEmbedding, b: PromptEmbedding, weight: float) -> PromptEmbedd
 @functools.partial(jax.jit, static_argnames="encoder")
 def _encode_ids(params: Mapping[str, Any], ids: Array, mask: Array, *, encoder: UMT5Encoder) -> Array:
     """[B,S] ids and mask to [B,S,D] with exact zeros at padding."""
-    return jnp.where(mask[..., None], encoder.apply({"params": params}, ids, mask), 0)
+    return jnp.where(mask[..., None], encode(encoder, params, ids, mask), 0)
+
+
+def token_ids(tokenizer: TokenEncoder, prompts: Sequence[str], max_tokens: int = MAX_TOKENS
+              ) -> list[tuple[int, ...]]:
+    """Ids of the cleaned prompts, without padding.
+
+    Raises:
+      UserError: there is no prompt, or one is not a string.
+    """
+    if not prompts:
+        raise UserError("prompt: at least one expected, got none")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt[{index}]: a string expected, got {type(prompt).__name__}")
+    return [tuple(ids) for ids in tokenizer.encode([prompt_clean(prompt) for prompt in prompts], max_tokens)]
+
+
+def stored_rows(tokens: int, multiple: int = ROWS_MULTIPLE, max_tokens: int = MAX_TOKENS) -> int:
+    """The number of rows with which the encoder runs on a prompt of so many tokens."""
+    return min(-(-tokens // multiple) * multiple, max_tokens)
+
+
+def lower_encoder(encoder: UMT5Encoder, params: Mapping[str, Any], rows: int) -> jax.stages.Lowered:
+    """What :class:`PromptEncoder` runs on one prompt of so many rows, traced; ``params`` may be abstract."""
+    return _encode_ids.lower(params, *pad_ids([(0,)], rows), encoder=encoder)
 
 
 class PromptEncoder:
@@ -260,7 +286,8 @@ class PromptEncoder:
     """
 
     def __init__(self, encoder: UMT5Encoder, params: Mapping[str, Any], tokenizer: TokenEncoder, *,
-                 max_tokens: int = MAX_TOKENS, rows_multiple: int = 32, batch_size: int = 1, cache_size: int = 128):
+                 max_tokens: int = MAX_TOKENS, rows_multiple: int = ROWS_MULTIPLE, batch_size: int = 1,
+                 cache_size: int = 128):
         """Binds an encoder to its tokeniser.
 
         Args:
@@ -297,13 +324,7 @@ class PromptEncoder:
         Raises:
           UserError: there is no prompt, or one is not a string.
         """
-        if not prompts:
-            raise UserError("prompt: at least one expected, got none")
-        for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise UserError(f"prompt[{index}]: a string expected, got {type(prompt).__name__}")
-        cleaned = [prompt_clean(prompt) for prompt in prompts]
-        return [tuple(ids) for ids in self._tokenizer.encode(cleaned, self._max_tokens)]
+        return token_ids(self._tokenizer, prompts, self._max_tokens)
 
     def __call__(self, prompts: str | Sequence[str]) -> PromptEmbedding:
         """Encodes prompts.
@@ -331,7 +352,7 @@ class PromptEncoder:
         """Rows [S,D] of each prompt, S its own rounded length."""
         groups: dict[int, list[tuple[int, ...]]] = {}
         for key in keys:
-            rows = min(-(-len(key) // self._rows_multiple) * self._rows_multiple, self._max_tokens)
+            rows = stored_rows(len(key), self._rows_multiple, self._max_tokens)
             groups.setdefault(rows, []).append(key)
         found = {}
         for rows, group in sorted(groups.items()):

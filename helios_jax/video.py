@@ -24,7 +24,7 @@ import PIL.Image
 import PIL.ImageOps
 from av.video.reformatter import Interpolation
 
-from helios_jax.errors import UserError
+from helios_jax.errors import NOT_FINITE, UserError
 
 FORMATS = {".mp4": "mp4", ".gif": "gif", "": "png"}
 _RECOMMENDED_FREE_BYTES = 1 << 20
@@ -55,7 +55,7 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
         raise UserError(f"frames: got {frames.dtype}, need uint8 or floating point in [0, 1]")
     frames = frames.astype(np.float32)
     if not np.isfinite(frames).all():
-        raise UserError("frames: got NaN or infinity, need finite numbers (a 16-bit run may have overflowed)")
+        raise UserError(NOT_FINITE)
     return np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 

@@ -197,14 +197,33 @@ def test_the_step_is_compiled_for_a_topology(tmp_path):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_every_level_of_the_sampler_is_compiled_for_a_topology(tmp_path):
+def test_every_program_of_a_chunk_is_compiled_for_a_topology(tmp_path):
     done = check("--config", "configs/tiny_stage2.py", "--topology", "v5e:2x2", "--size", "64x128", "--sample", "1",
                  "--json", str(tmp_path / "report.json"), changes=(*SMALL, "mesh.data=2", "mesh.fsdp=2"))
     assert done.returncode == 0, done.stdout + done.stderr
-    levels = programs(tmp_path / "report.json")
+    *levels, decoding = programs(tmp_path / "report.json")
+    assert decoding["name"] == "decoding" and decoding["fits"] and decoding["flops"] > 0
     assert [level["times"] for level in levels] == [8, 10, 10]  # zero init leaves two of ten steps out
     assert levels[0]["flops"] < levels[1]["flops"] < levels[2]["flops"]
     assert all(level["fits"] for level in levels)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_streamed_weights_of_the_14b_are_on_the_chip_two_layers_at_a_time(tmp_path):
+    """At a reduced depth: what streaming saves on the chip is every layer but two."""
+    layers, found = 6, {}
+    for flags in ((), ("--stream_weights",)):
+        report = tmp_path / f"{len(flags)}.json"
+        done = check("--config", "configs/stage2_init.py:14b", "--topology", "v6e:2x2", "--sample", "1", "--json",
+                     str(report), *flags, changes=("mesh.fsdp=1", "mesh.data=1", "objective.sample.guidance=1.0",
+                                                   f"objective.transformer.num_layers={layers}"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[bool(flags)] = programs(report)
+    for plain, streamed in zip(found[False][:-1], found[True][:-1], strict=True):  # the last one decodes
+        blocks = streamed["host_bytes"]
+        assert plain["host_bytes"] == 0 and blocks > 0.9 * plain["kinds"]["parameters"] - 0.6e9
+        assert plain["used"] - streamed["used"] > blocks * (layers - 2) / layers - 2**26
 
 
 @needs_libtpu

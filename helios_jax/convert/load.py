@@ -32,9 +32,9 @@ def load_component(folder: str | Path, component: str, config: Config | None = N
                    only: Callable[[tuple[str, ...]], bool] | None = None) -> dict[str, Any]:
     """Loads the parameters of one component.
 
-    Reading is strict: missing, unexpected and misshapen tensors are all listed in one error. Tensors are read one at
-    a time into their place; the host holds at most one leaf beyond the result, and with ``sharding`` only the parts
-    that this process' devices need are kept.
+    Reading is strict: missing, unexpected and misshapen tensors are all listed in one error. Leaves are read one at a
+    time, several layers of a stack at once; the host holds at most one leaf and some buffers beyond the result, and
+    with ``sharding`` only the parts that this process' devices need are kept.
 
     Args:
       folder: the component's folder, with ``config.json`` and either safetensors files (and their index) or an Orbax

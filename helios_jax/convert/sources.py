@@ -6,9 +6,11 @@ leaves come layer by layer; large unstacked ones in ranges of rows where rows st
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,8 @@ from helios_jax.errors import UserError
 Index = tuple[slice, ...]
 # Reads and transposes go through buffers of this size.
 BUFFER_BYTES = 64 << 20
+# Layers of a stack that are read at the same time, each through a buffer of its own.
+LAYERS_AT_ONCE = 4
 # Unstacked leaves above this size are handed out in several blocks.
 BLOCK_BYTES = 256 << 20
 
@@ -128,8 +132,10 @@ class SafetensorsSource:
         bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)]
         out = np.empty([stop - start for start, stop in bounds], self.dtype(leaf))
         if leaf.stacked:
-            for row, layer in enumerate(range(*bounds[0])):
-                self._read_tensor(leaf.tensors[layer], bounds[1:], out[row])
+            with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
+                done = pool.map(lambda tensor, row: self._read_tensor(tensor, bounds[1:], row),
+                                leaf.tensors[slice(*bounds[0])], out)
+                collections.deque(done, maxlen=0)  # raises what a thread raised
         else:
             self._read_tensor(leaf.tensors[0], bounds, out)
         return out

@@ -5,7 +5,7 @@ convolutions of growing size, and the 9 noisy frames. History tokens carry the m
 tokens that of their own timestep; so modulation is two vectors per sample and never a tensor per token.
 
 Parameters are one plain dict (see ``helios_jax.models`` for the naming). The blocks are stacked along a leading layer
-axis; :meth:`HeliosTransformer.apply` owns the only loop over layers.
+axis; :meth:`HeliosTransformer.apply` has one loop over them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from helios_jax.models.embedders import ConditionEmbedder, PatchEmbedding
 from helios_jax.models.inputs import FrameIndices, History
 from helios_jax.models.layers import Linear, gelu, layer_norm
 from helios_jax.models.rope import rotary_tables
+from helios_jax.models.streaming import scan_layers
 from helios_jax.sharding import constrain
 from kernels.attention import (
     HistoryKeysValues,
@@ -317,6 +318,9 @@ class HeliosTransformer:
       unroll: layers per iteration of the scan over layers; 0 unrolls all (fastest on a CPU, slowest to compile).
       remat: name of a ``jax.checkpoint_policies`` entry for the blocks in training, or None to keep activations.
       attention: attention variant by name, or None for the device's default.
+      for_sampling: the last block makes nothing of the history, which nobody reads. The numbers stay the same; without
+        gradients only (see :func:`helios_jax.models.streaming.scan_layers`).
+      streamed: the weights of the blocks lie in the host's memory and visit the device.
     """
 
     config: TransformerConfig
@@ -324,6 +328,8 @@ class HeliosTransformer:
     unroll: int = 1
     remat: str | None = None
     attention: str | None = None
+    for_sampling: bool = False
+    streamed: bool = False
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
@@ -418,7 +424,7 @@ class HeliosTransformer:
                                history_length, history if isinstance(history, HistoryContext) else None, features)
         head_params = {name: params[name] for name in _HEAD}
         head_lora = {name: lora[name] for name in _HEAD if name in lora}
-        x = self._head.apply({"params": head_params, "lora": head_lora}, x[:, history_length:], embedding)
+        x = self._head.apply({"params": head_params, "lora": head_lora}, x, embedding)
         velocity = unpatchify(x, frames, rows, columns)
         if not features:
             return velocity
@@ -462,12 +468,12 @@ class HeliosTransformer:
                                method=ConditionEmbedder.time)
         modulation = Segments(at_zero, at_zero)
 
-        def one_layer(x, layer):
-            own = self._layer_variables(*layer)
+        def one_block(x, params, adapter):
+            own = self._layer_variables(params, adapter)
             keys_values = self._block.apply(own, x, modulation, cos, sin, method=Block.history_keys_values)
             return self._block.apply(own, x, modulation, None, cos, sin, x.shape[1]), HistoryContext(*keys_values)
 
-        _, context = jax.lax.scan(one_layer, x, (params["blocks"], lora.get("blocks")))
+        _, context = scan_layers(one_block, x, params["blocks"], lora.get("blocks"), streamed=self.streamed)
         return context
 
     def text_rows(self, variables: Mapping[str, Any], rows: Array, lengths: Array, total: int = 512) -> TextRows:
@@ -498,40 +504,46 @@ class HeliosTransformer:
         text = self.text_rows(variables, rows, lengths, total)
         lora = (variables.get("lora") or {}).get("blocks")
 
-        def one_layer(_, layer):
-            keys_values = self._block.apply(self._layer_variables(*layer), text.rows, method=Block.text_keys_values)
-            return None, keys_values
+        def one_block(_, params, adapter):
+            own = self._layer_variables(params, adapter)
+            return None, self._block.apply(own, text.rows, method=Block.text_keys_values)
 
-        _, (keys, values) = jax.lax.scan(one_layer, None, (variables["params"]["blocks"], lora))
+        _, (keys, values) = scan_layers(one_block, None, variables["params"]["blocks"], lora, streamed=self.streamed)
         return TextContext(keys, values, text.bias)
 
     def _blocks(self, blocks: Params, lora: Params | None, x: Array, modulation: Segments,
                 text: TextContext | TextRows, cos: Array, sin: Array, history_length: int,
                 history: HistoryContext | None, features: tuple[int, ...]) -> tuple[Array, Array | None]:
-        """The only loop over layers. Returns all tokens, and the current ones behind the blocks ``features``."""
+        """The only loop over blocks. Returns the current tokens, and those behind the blocks ``features``."""
+        layers = self.config.num_layers
         kept = slots = None
         if features:  # every layer writes its tokens somewhere; those that nobody wants overwrite each other
-            slots = jnp.asarray([features.index(i) if i in features else len(features)
-                                 for i in range(self.config.num_layers)])
+            slots = jnp.asarray([features.index(i) if i in features else len(features) for i in range(layers)])
             kept = jnp.zeros((len(features) + 1, *x[:, history_length:].shape), x.dtype)
 
-        def one_layer(carry, layer):
+        def one_block(carry, params, others, is_last=False):
             x, kept = carry
-            params, adapter, keys_values, past, slot = layer
+            adapter, keys_values, past, slot = others
+            own, front = self._layer_variables(params, adapter), history_length
             layer_text = text if keys_values is None else TextContext(*keys_values, text.bias)
-            y = self._block.apply(self._layer_variables(params, adapter), x, modulation, layer_text, cos, sin,
-                                  history_length, past and HistoryKeysValues(*past))
+            past, tables = past and HistoryKeysValues(*past), (cos, sin)
+            if is_last and front:  # nobody reads what it would make of the history: keys and values are enough
+                before, tables = ([table[rows] for table in tables] for rows in (slice(front), slice(front, None)))
+                past = self._block.apply(own, x[:, :front], modulation, *before, method=Block.history_keys_values)
+                x, front = x[:, front:], 0
+            y = self._block.apply(own, x, modulation, layer_text, *tables, front, past)
             if features:
-                kept = jax.lax.dynamic_update_index_in_dim(kept, y[:, history_length:], slot, 0)
+                kept = jax.lax.dynamic_update_index_in_dim(kept, y[:, front:], slot, 0)
             return (y, kept), None
 
+        last = functools.partial(one_block, is_last=True) if self.for_sampling else None
         if self.remat is not None:
             policy = getattr(jax.checkpoint_policies, self.remat)
-            one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
+            one_block = jax.checkpoint(one_block, policy=policy, prevent_cse=False)
         keys_values = (text.keys, text.values) if isinstance(text, TextContext) else None
-        unroll = self.unroll or self.config.num_layers
-        (x, kept), _ = jax.lax.scan(one_layer, (x, kept), (blocks, lora, keys_values, history, slots), unroll=unroll)
-        return x, kept[:-1] if features else None
+        (x, kept), _ = scan_layers(one_block, (x, kept), blocks, (lora, keys_values, history, slots), last=last,
+                                   unroll=self.unroll or layers, streamed=self.streamed)
+        return x if last and history_length else x[:, history_length:], kept[:-1] if features else None
 
     # -- pieces -------------------------------------------------------------------------------------------------
 

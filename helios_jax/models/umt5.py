@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from flax import linen as nn
 from helios_jax.config import TextEncoderConfig
 from helios_jax.models.layers import Array, Dtype, Linear
 from helios_jax.models.partition import unbox
+from helios_jax.models.streaming import scan_layers, to_device
 
 
 @functools.lru_cache(maxsize=64)
@@ -183,6 +186,11 @@ class Block(nn.Module):
         return x + fed.astype(jnp.float32), None
 
 
+def _buckets(config: TextEncoderConfig, length: int) -> Array:
+    return jnp.asarray(relative_buckets(length, config.relative_attention_num_buckets,
+                                        config.relative_attention_max_distance))
+
+
 class Encoder(nn.Module):
     """The stack of layers and the last norm."""
 
@@ -194,8 +202,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
         config = self.config
-        buckets = jnp.asarray(relative_buckets(x.shape[1], config.relative_attention_num_buckets,
-                                               config.relative_attention_max_distance))
+        buckets = _buckets(config, x.shape[1])
         # The residual is carried in float32 whatever ``dtype`` is. In float16 the original gets there by promotion
         # behind its first float32 ``wo``, which leaves nothing for its clamps to do; in bfloat16 it rounds after
         # every sub-layer, which only loses accuracy.
@@ -231,6 +238,7 @@ class UMT5Encoder(nn.Module):
         the linear maps (attention weights and sums, the gate of the feed-forward) are float32 in any case.
       param_dtype: type of freshly initialised parameters. Loaded parameters may have any float type.
       unroll: layers per step of the scan over layers; ``config.num_layers`` unrolls it, which compiles longer.
+      streamed: for :func:`encode`: the table of tokens and the layers' weights lie in the host's memory.
 
     Source: transformers ``UMT5EncoderModel`` (eager attention, no dropout).
     """
@@ -239,6 +247,7 @@ class UMT5Encoder(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     unroll: int = 1
+    streamed: bool = False
 
     @nn.compact
     def __call__(self, ids: Array, mask: Array) -> Array:
@@ -259,3 +268,16 @@ class UMT5Encoder(nn.Module):
         ids = jnp.zeros((1, 2), jnp.int32)
         # Compiled, so that the forward pass of the trace is dropped instead of run.
         return jax.jit(lambda key: unbox(self.init(key, ids, ids == 0)["params"]))(key)
+
+
+def encode(encoder: UMT5Encoder, params: Mapping[str, Any], ids: Array, mask: Array) -> Array:
+    """``encoder.apply({"params": params}, ids, mask)``, also with weights in the host's memory."""
+    if not encoder.streamed:
+        return encoder.apply({"params": params}, ids, mask)
+    config, types, mask = encoder.config, (encoder.dtype, encoder.param_dtype), mask.astype(bool)
+    x = Embedding(config.vocab_size, config.d_model, *types).apply({"params": to_device(params["shared"])}, ids)
+    buckets = _buckets(config, x.shape[1])
+    x, _ = scan_layers(lambda x, layer, _: Block(config, *types).apply({"params": layer}, x, mask, buckets),
+                       x.astype(jnp.float32), params["encoder"]["block"], unroll=encoder.unroll, streamed=True)
+    norm = RMSNorm(config.layer_norm_epsilon, *types)
+    return norm.apply({"params": params["encoder"]["final_layer_norm"]}, x)

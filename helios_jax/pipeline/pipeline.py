@@ -6,11 +6,14 @@ time per chunk do not depend on how many chunks came before.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +23,18 @@ from helios_jax import sharding
 from helios_jax import text as text_path
 from helios_jax.convert.folder import ModelFolder, read_model_folder, resolve_model
 from helios_jax.convert.load import load_pipeline_params
-from helios_jax.convert.rules import abstract_params
+from helios_jax.convert.rules import COMPONENTS, abstract_params, flatten, unflatten
 from helios_jax.diffusion.history import replaces_anchor, update_anchor
 from helios_jax.diffusion.noise import NoiseSource, SeededNoise
-from helios_jax.errors import UserError
+from helios_jax.errors import NOT_FINITE, UserError
 from helios_jax.lora import adapter_tree, merge, read_lora
+from helios_jax.models.streaming import streamed_sharding
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import WanVAE, decode_in_steps, denormalize_latents, normalize_latents, posterior_sample
 from helios_jax.pipeline import request as check
 from helios_jax.pipeline.conditioning import Condition, ConditionEncoder
+from helios_jax.pipeline.memory import check_device
 from helios_jax.pipeline.prompts import PromptChange, PromptTrack, checked_schedule, rows_needed, with_rows
 from helios_jax.pipeline.request import SamplingOptions
 from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
@@ -39,6 +44,7 @@ Array = jax.Array
 Params = Mapping[str, Any]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+FRAMES_DTYPES = ("float32", "uint8")
 # Above this many bytes for one full-resolution activation the VAE decodes one latent frame at a time.
 WHOLE_DECODE_BYTES = 256 * 2**20
 
@@ -49,7 +55,8 @@ class Chunk:
 
     Attributes:
       index: of the chunk in the video.
-      frames: float32 [B, F, H, W, 3] in [0, 1]; F is 33, less in the last chunk where the request ends inside it.
+      frames: [B, F, H, W, 3], float32 in [0, 1] or uint8, as the run was asked for; F is 33, less in the last chunk
+        where the request ends inside it.
       latents: float32 [B, 9, h, w, 16], normalised, on the device.
     """
 
@@ -70,20 +77,23 @@ class HeliosPipeline:
       tokenizer: default: that of the folder, read at the first prompt.
       partition: the mesh on which the parameters lie (see :func:`component_shardings`) and videos are made; None for
         one device. Of several processes all must ask for the same videos; each gets them whole.
+      streamed: the weights of transformer and text encoder lie in the host's memory (see
+        :mod:`helios_jax.models.streaming`).
     """
 
     def __init__(self, folder: ModelFolder, params: Mapping[str, Params], *, dtype: Any = jnp.float32,
                  vae_dtype: Any = jnp.float32, lora: Params | None = None, unroll: int | None = None,
-                 tokenizer: text_path.TokenEncoder | None = None, partition: Partition | None = None):
+                 tokenizer: text_path.TokenEncoder | None = None, partition: Partition | None = None,
+                 streamed: bool = False):
         self.folder, self.index, self.scheduler = folder, folder.index, folder.scheduler
         on_cpu = jax.default_backend() == "cpu"
         unroll = (0 if on_cpu else 1) if unroll is None else unroll
-        self.transformer = HeliosTransformer(folder.transformer, dtype, unroll)
+        self.transformer = HeliosTransformer(folder.transformer, dtype, unroll, for_sampling=True, streamed=streamed)
         self.vae = WanVAE(folder.vae, vae_dtype, "taps" if on_cpu else "3d")
-        self.text_encoder = UMT5Encoder(folder.text_encoder, dtype)
-        self.params = dict(params)
+        self.text_encoder = UMT5Encoder(folder.text_encoder, dtype, streamed=streamed)
         self._partition = partition
-        self.variables = {"params": params["transformer"]}
+        self.variables = {}
+        self._bind(params)
         if lora:
             self.variables["lora"] = jax.tree.map(jnp.asarray, lora) if partition is None else sharding.place(
                 lora, sharding.param_shardings(partition, lora))
@@ -91,13 +101,20 @@ class HeliosPipeline:
         # Compiled here and not per run, so that a second video of the same size compiles nothing.
         self._context = sharding.jit(partition, self.transformer.text_context, static_argnames="total")
         self._encode = sharding.jit(partition, functools.partial(_encode_window, self.vae))
-        self._decode = sharding.jit(partition, functools.partial(_decode_chunk, self.vae))
+        self._decode = sharding.jit(partition, functools.partial(decode_chunk, self.vae))
+        self._decode_uint8 = sharding.jit(partition, functools.partial(decode_chunk_uint8, self.vae))
         self._samplers: dict[Any, ChunkSampler] = {}
+
+    def _bind(self, params: Mapping[str, Params]) -> None:
+        self.params = dict(params)
+        self.variables["params"] = params["transformer"]
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, dtype: str = "float32", vae_dtype: str = "float32",
                         lora: Sequence[tuple[str | Path, float]] = (), merge_lora: bool = True,
-                        unroll: int | None = None, mesh: MeshConfig | None = None) -> HeliosPipeline:
+                        unroll: int | None = None, mesh: MeshConfig | None = None,
+                        stream_weights: bool = False, compile_for: Mapping[str, Any] | None = None
+                        ) -> HeliosPipeline:
         """Loads a checkpoint.
 
         Args:
@@ -106,31 +123,112 @@ class HeliosPipeline:
           lora: (file or folder, weight) pairs.
           merge_lora: add the adapters to the weights; False keeps them apart.
           mesh: divide the model over several devices (docs/pods.md); None takes the first one.
+          stream_weights: keep the weights of transformer and text encoder in the host's memory and copy them to the
+            device layer by layer, for devices that the model does not fit. Adapters then stay apart.
+          compile_for: arguments of :meth:`compile`: its programs are compiled while the weights are read.
 
         Raises:
           UserError: the checkpoint or an adapter cannot be used, or the mesh does not fit; one line.
         """
         for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
-            if value not in DTYPES:
-                raise UserError(f"{name}: one of {', '.join(DTYPES)}, got {value!r}")
+            check.checked_choice(name, value, tuple(DTYPES))
         compute, vae_compute = DTYPES[dtype], DTYPES[vae_dtype]
         folder = read_model_folder(resolve_model(model))
+        dtypes = {"transformer": compute, "text_encoder": compute, "vae": vae_compute}
         partition = None if mesh is None else Partition.create(mesh)
-        if partition is not None:
+        if partition is None:
+            check_device(folder, dtypes, stream_weights)
+        elif stream_weights:
+            raise UserError("stream_weights: goes with one device, not with a mesh")
+        else:
             partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         # The small files first: a mistake in them shows before gigabytes are read.
         loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
-        _, params = load_pipeline_params(
-            folder.root, dtype={"transformer": compute, "text_encoder": compute, "vae": vae_compute},
-            sharding=component_shardings(folder, partition))
-        adapters = None
-        if loaded:
-            if merge_lora:
+        merge_lora = merge_lora and not stream_weights
+        places = streamed_shardings(folder) if stream_weights else component_shardings(folder, partition)
+        pipeline = cls(folder, _abstract_params(folder, dtypes, places), dtype=compute, vae_dtype=vae_compute,
+                       lora=None if merge_lora or not loaded else adapter_tree(loaded), unroll=unroll,
+                       partition=partition, streamed=stream_weights)
+        with ThreadPoolExecutor(1) as beside:
+            # Abstract arrays of one device do not tell the compiler in which of its memories they lie.
+            compiled = None
+            if compile_for is not None and not stream_weights:
+                compiled = beside.submit(pipeline.compile, **compile_for)
+            _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=places)
+            if loaded and merge_lora:
                 params["transformer"] = merge(params["transformer"], loaded)
-            else:
-                adapters = adapter_tree(loaded)
-        return cls(folder, params, dtype=compute, vae_dtype=vae_compute, lora=adapters, unroll=unroll,
-                   partition=partition)
+            if compiled is not None:
+                compiled.result()
+        pipeline._bind(params)
+        if compile_for is not None and stream_weights:
+            pipeline.compile(**compile_for)
+        return pipeline
+
+    def compile(self, prompts: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] = "",
+                frames_dtype: str = "float32", options: SamplingOptions | None = None, **fields: Any) -> None:
+        """Compiles, several at a time, what :meth:`stream` with these arguments will run; nothing is computed.
+
+        The programs of an image or a video that begins a run are left out, and on a mesh those of the text.
+
+        Args:
+          prompts, negative_prompt: of which only the numbers of tokens count; prompts that come later included.
+          frames_dtype, options, fields: as for :meth:`stream`.
+
+        Raises:
+          UserError: any field out of range.
+        """
+        check.checked_choice("frames_dtype", frames_dtype, FRAMES_DTYPES)
+        options = self._checked_options(options, fields)
+        plan, videos, place = self._plan(options), options.videos_at_once, self._place
+        texts = [*check.checked_prompts("prompt", prompts)]
+        texts += check.checked_prompts("negative_prompt", negative_prompt) if plan.guided else ()
+        lengths = np.array([len(ids) for ids in text_path.token_ids(self._tokens, texts)])
+        rows = rows_needed([text_path.PromptEmbedding(None, lengths)], options.text_rows)
+        rows = jax.ShapeDtypeStruct((videos * (2 if plan.guided else 1), rows, self.folder.transformer.text_dim),
+                                    self.text_encoder.dtype, sharding=place)
+        counts = jax.ShapeDtypeStruct(rows.shape[:1], jnp.int32)
+        context = functools.partial(self._context, total=text_path.MAX_TOKENS)
+        text = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                            jax.eval_shape(context, self.variables, rows, counts))
+        sampler = self.sampler(plan, options.height, options.width)
+        latents = jax.ShapeDtypeStruct((videos, plan.layout.chunk, *sampler.size, sampler.channels), jnp.float32,
+                                       sharding=place)
+        decode = self._decode_uint8 if frames_dtype == "uint8" else self._decode
+        lowerings = [*sampler.lowerings(self.variables, text, videos, place),
+                     lambda: decode.lower(self.params["vae"], latents)]
+        if self._partition is None:
+            lowerings.append(lambda: self._context.lower(self.variables, rows, counts, total=text_path.MAX_TOKENS))
+            lowerings += [functools.partial(text_path.lower_encoder, self.text_encoder, self.params["text_encoder"], n)
+                          for n in sorted({text_path.stored_rows(n) for n in lengths})]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            collections.deque(pool.map(lambda lower: lower().compile(), lowerings), maxlen=0)
+
+    @property
+    def _place(self) -> jax.sharding.Sharding | None:
+        """Where the programs' results lie; None where the parameters are bound to no device."""
+        if self._partition is not None:
+            return self._partition.replicated
+        leaf = jax.tree.leaves(self.params["vae"])[0]
+        place = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+        return place if isinstance(place, jax.sharding.SingleDeviceSharding) else None
+
+    def placed(self, x: Array) -> Array:
+        """An array where the programs leave theirs: they are compiled anew for one that lies elsewhere or nowhere."""
+        if self._partition is not None:
+            return sharding.place(x, self._partition.replicated)
+        return x if self._place is None else jax.device_put(x, self._place)
+
+    def _checked_options(self, options: SamplingOptions | None, fields: Mapping[str, Any], batch: int = 1
+                         ) -> SamplingOptions:
+        names = {field.name for field in dataclasses.fields(SamplingOptions)}
+        if unknown := sorted(set(fields) - names):
+            raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(names))}")
+        return dataclasses.replace(options or SamplingOptions(), **fields).checked(self.index, self.scheduler, batch)
+
+    def _plan(self, options: SamplingOptions) -> SamplingPlan:
+        return SamplingPlan.for_model(self.index, steps=options.steps, guidance_scale=options.guidance_scale,
+                                      use_zero_init=options.use_zero_init, zero_steps=options.zero_steps,
+                                      amplify_first_chunk=options.amplify_first_chunk)
 
     def __call__(self, prompt: str | Sequence[str], **request: Any) -> np.ndarray:
         """The whole video, float32 [B, F, H, W, 3] in [0, 1]. Arguments as :meth:`stream`."""
@@ -145,6 +243,8 @@ class HeliosPipeline:
         video: np.ndarray | None = None,
         prompt_schedule: Sequence[Any] = (),
         noise: NoiseSource | None = None,
+        lookahead: bool = False,
+        frames_dtype: str = "float32",
         options: SamplingOptions | None = None,
         **fields: Any,
     ) -> VideoStream:
@@ -159,25 +259,25 @@ class HeliosPipeline:
           video: [F, H, W, 3] or [B, F, H, W, 3] float in [-1, 1] of the asked size: video to video.
           prompt_schedule: prompt changes, see :func:`helios_jax.pipeline.prompts.checked_schedule`; for one prompt.
           noise: source of all randomness; default: ``SeededNoise`` of the seeds.
+          lookahead: the devices begin the next chunk before this one's frames are copied to the host, so they work on
+            while the caller does something with them. A change of prompt then makes that chunk anew, which asks the
+            noise source again: one that remembers what it gave (``TorchGeneratorNoise``) goes on elsewhere.
+          frames_dtype: of the chunks' frames: 'float32', or 'uint8', rounded on the device as
+            ``helios_jax.video.to_uint8`` does and a quarter of the bytes to copy.
           options, fields: :class:`SamplingOptions`, as an object or by keyword.
 
         Raises:
           UserError: any field out of range.
         """
-        names = {field.name for field in dataclasses.fields(SamplingOptions)}
-        if unknown := sorted(set(fields) - names):
-            raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(names))}")
         prompts = self._checked_prompts("prompt", prompt)
         negatives = self._checked_prompts("negative_prompt", negative_prompt, len(prompts))
-        options = dataclasses.replace(options or SamplingOptions(), **fields).checked(self.index, self.scheduler,
-                                                                                      len(prompts))
+        options = self._checked_options(options, fields, len(prompts))
+        check.checked_choice("frames_dtype", frames_dtype, FRAMES_DTYPES)
         if image is not None and video is not None:
             raise UserError("image and video: give one of them, not both")
         pixels = _checked_pixels("image" if video is None else "video", image if video is None else video,
                                  len(prompts), options.height, options.width)
-        plan = SamplingPlan.for_model(self.index, steps=options.steps, guidance_scale=options.guidance_scale,
-                                      use_zero_init=options.use_zero_init, zero_steps=options.zero_steps,
-                                      amplify_first_chunk=options.amplify_first_chunk)
+        plan = self._plan(options)
         if self._partition is not None:
             self._partition.attention.check(options.videos_at_once * (2 if plan.guided else 1),
                                             self.folder.transformer.num_attention_heads)
@@ -189,7 +289,7 @@ class HeliosPipeline:
             if len(prompts) > 1:
                 raise UserError(f"prompt_schedule: goes with one prompt, got {len(prompts)}")
         return VideoStream(self, prompts, negatives, changes, plan, encoder, pixels, video is not None,
-                           noise or SeededNoise(options.seed), options)
+                           noise or SeededNoise(options.seed), options, lookahead, frames_dtype)
 
     def _checked_prompts(self, name: str, prompts: Any, batch: int | None = None
                          ) -> tuple[str, ...] | text_path.PromptEmbedding:
@@ -216,13 +316,17 @@ class HeliosPipeline:
 
     def compiled_programs(self) -> int:
         """How many programs have been compiled for text context, VAE and denoising."""
-        return (sum(program._cache_size() for program in (self._context, self._encode, self._decode))
+        programs = (self._context, self._encode, self._decode, self._decode_uint8)
+        return (sum(program._cache_size() for program in programs)
                 + sum(sampler.compiled_programs() for sampler in self._samplers.values()))
 
     @functools.cached_property
     def _prompt_encoder(self) -> text_path.PromptEncoder:
-        tokenizer = self._tokenizer or text_path.Tokenizer.from_folder(self.folder.tokenizer)
-        return text_path.PromptEncoder(self.text_encoder, self.params["text_encoder"], tokenizer)
+        return text_path.PromptEncoder(self.text_encoder, self.params["text_encoder"], self._tokens)
+
+    @functools.cached_property
+    def _tokens(self) -> text_path.TokenEncoder:
+        return self._tokenizer or text_path.Tokenizer.from_folder(self.folder.tokenizer)
 
     def embed(self, prompts: Sequence[str] | text_path.PromptEmbedding) -> text_path.PromptEmbedding:
         """Encoded prompts; embeddings pass through."""
@@ -236,6 +340,23 @@ class HeliosPipeline:
         """Normalised latents [B, T, h, w, 16] -> frames [B, 1 + 4(T-1), H, W, 3] float32 in [0, 1]."""
         return self._decode(self.params["vae"], latents)
 
+    def decode_uint8(self, latents: Array) -> tuple[Array, Array]:
+        """As :meth:`decode`, but uint8 frames, and bool []: whether all numbers were finite before the rounding."""
+        return self._decode_uint8(self.params["vae"], latents)
+
+
+class _Work(NamedTuple):
+    """One chunk that the devices are making.
+
+    frames, finite: of :meth:`HeliosPipeline.decode` or :meth:`HeliosPipeline.decode_uint8`, one array per group of
+      videos (``finite`` is empty for float frames); latents: [B, 9, h, w, C]; condition: what the next chunk sees.
+    """
+
+    frames: list[Array]
+    finite: list[Array]
+    latents: Array
+    condition: Condition
+
 
 class VideoStream(Iterator[Chunk]):
     """A run in progress: iterate for its chunks, change the prompt in between.
@@ -248,10 +369,12 @@ class VideoStream(Iterator[Chunk]):
     def __init__(self, pipeline: HeliosPipeline, prompts: Sequence[str] | text_path.PromptEmbedding,
                  negatives: Sequence[str] | text_path.PromptEmbedding, changes: Sequence[PromptChange],
                  plan: SamplingPlan, encoder: ConditionEncoder, pixels: np.ndarray | None, is_video: bool,
-                 source: NoiseSource, options: SamplingOptions):
+                 source: NoiseSource, options: SamplingOptions, lookahead: bool, frames_dtype: str):
         self.num_frames, self.window = options.num_frames, encoder.window
         self.num_chunks = -(-options.num_frames // self.window)
         self.position = 0
+        self._lookahead, self._as_uint8 = lookahead, frames_dtype == "uint8"
+        self._begun: dict[int, _Work] = {}  # chunks from ``position`` on
         self._pipeline, self._source, self._layout, self._options = pipeline, source, plan.layout, options
         self._sampler = pipeline.sampler(plan, options.height, options.width)
         self._batch = len(prompts)
@@ -265,9 +388,11 @@ class VideoStream(Iterator[Chunk]):
         self._make_room()
         self._contexts: tuple[text_path.PromptEmbedding, list[TextContext]] | None = None
         if pixels is None:
-            self._condition = encoder.empty(self._batch, options.height, options.width)
+            condition = encoder.empty(self._batch, options.height, options.width)
         else:
-            self._condition = (encoder.video if is_video else encoder.image)(source, jnp.asarray(pixels))
+            condition = (encoder.video if is_video else encoder.image)(source, jnp.asarray(pixels))
+        self._condition = condition._replace(history=pipeline.placed(condition.history),
+                                             anchor=pipeline.placed(condition.anchor))
 
     def set_prompt(self, prompt: str | Sequence[str] | text_path.PromptEmbedding, blend: int = 0) -> None:
         """Changes the prompt from the next chunk on, at once or blended over ``blend`` chunks.
@@ -281,6 +406,7 @@ class VideoStream(Iterator[Chunk]):
         prompt = self._pipeline._checked_prompts("prompt", prompt, self._batch)
         self._track.change(self.position, self._pipeline.embed(prompt), blend)
         self._make_room()
+        self._begun.clear()
 
     def __iter__(self) -> VideoStream:
         return self
@@ -288,19 +414,43 @@ class VideoStream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self.position >= self.num_chunks:
             raise StopIteration
-        k, (history, anchor, has_anchor) = self.position, self._condition
+        k = self.position
+        work = self._work(k, self._condition)
+        if self._lookahead and k + 1 < self.num_chunks:
+            self._work(k + 1, work.condition)
+        frames = np.concatenate([np.asarray(part) for part in work.frames])
+        if not all(map(bool, work.finite)):
+            raise UserError(NOT_FINITE)
+        # Last, so that an interrupted chunk can be asked for again.
+        del self._begun[k]
+        self._condition = work.condition
+        self.position += 1
+        return Chunk(k, frames[:, : self.num_frames - k * self.window], work.latents)
+
+    def _work(self, k: int, condition: Condition) -> _Work:
+        """Has a chunk made, unless that was begun before. Waits for nothing."""
+        if k not in self._begun:
+            self._begun[k] = self._begin(k, condition)
+        return self._begun[k]
+
+    def _begin(self, k: int, condition: Condition) -> _Work:
+        history, anchor, has_anchor = condition
         drawn = self._sampler.draw(self._source, k, self._batch)
-        latents, frames = [], []
+        latents, frames, finite = [], [], []
         for group, text in zip(self._groups, self._text(k), strict=True):
             latents.append(self._sampler.denoise(self._pipeline.variables, [x[group] for x in drawn], k, text,
                                                  history[group], anchor[group]))
-            frames.append(np.asarray(self._pipeline.decode(latents[-1])))
+            if self._as_uint8:
+                decoded, is_finite = self._pipeline.decode_uint8(latents[-1])
+                finite.append(is_finite)
+            else:
+                decoded = self._pipeline.decode(latents[-1])
+            frames.append(decoded)
+        jax.copy_to_host_async((frames, finite))
         new = jnp.concatenate(latents)
         replace = replaces_anchor(k, has_anchor, self._options.skip_first_chunk)
-        # Last, so that an interrupted chunk can be asked for again.
-        self._condition = Condition(self._layout.append(history, new), update_anchor(anchor, new, replace), has_anchor)
-        self.position += 1
-        return Chunk(k, np.concatenate(frames)[:, : self.num_frames - k * self.window], new)
+        return _Work(frames, finite, new,
+                     Condition(self._layout.append(history, new), update_anchor(anchor, new, replace), has_anchor))
 
     def _make_room(self) -> None:
         """Chooses the number of text rows per group; it only grows."""
@@ -318,6 +468,28 @@ class VideoStream(Iterator[Chunk]):
                 contexts.append(self._pipeline.context(text_path.concatenate([with_rows(e, rows) for e in parts])))
             self._contexts = (prompts, contexts)
         return self._contexts[1]
+
+
+def _abstract_params(folder: ModelFolder, dtypes: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Params]:
+    """Shapes, dtypes and places of the parameters that :func:`load_pipeline_params` will return."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    found = {}
+    for name, dtype in dtypes.items():
+        abstract, place = abstract_params(name, folder.config(name), dtype), places.get(name, default)
+        if isinstance(place, jax.sharding.Sharding):
+            place = jax.tree.map(lambda _, place=place: place, abstract)
+        found[name] = sharding.with_shardings(abstract, place)
+    return found
+
+
+def streamed_shardings(folder: ModelFolder) -> dict[str, Any]:
+    """Where the parameters lie when those of transformer and text encoder are streamed, as the loaders take it."""
+    found = {}
+    for name in COMPONENTS:
+        place = streamed_sharding(name)
+        leaves = flatten(abstract_params(name, folder.config(name)))
+        found[name] = unflatten([(path, place(path, leaf.shape)) for path, leaf in leaves])
+    return found
 
 
 def component_shardings(folder: ModelFolder, partition: Partition | None) -> dict[str, Any]:
@@ -339,7 +511,7 @@ def _encode_window(vae: WanVAE, params: Params, video: Array, eps: Array) -> Arr
     return z.astype(jnp.float32)
 
 
-def _decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
+def decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
     """Decodes one chunk on its own, whole where it is small, else latent frame by latent frame."""
     z = denormalize_latents(latents.astype(vae.dtype), vae.config)
     b, t, h, w, _ = z.shape
@@ -349,6 +521,11 @@ def _decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
     else:
         video = decode_in_steps(vae, params, z)
     return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+
+
+def decode_chunk_uint8(vae: WanVAE, params: Params, latents: Array) -> tuple[Array, Array]:
+    frames = decode_chunk(vae, params, latents)
+    return jnp.rint(frames * 255).astype(jnp.uint8), jnp.isfinite(frames).all()
 
 
 def _checked_pixels(name: str, pixels: np.ndarray | None, batch: int, height: int, width: int) -> np.ndarray | None:

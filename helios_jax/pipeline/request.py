@@ -156,6 +156,14 @@ def checked_guidance(scale: float | None, index: ModelIndex, allow_distilled: bo
     return float(scale)
 
 
+def checked_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises:
+      UserError: not one of the allowed values.
+    """
+    if value not in allowed:
+        raise UserError(f"{name}: one of {', '.join(allowed)}, got {value!r}")
+
+
 def checked_count(name: str, value: Any, least: int = 1) -> int:
     """Raises:
       UserError: not a whole number of at least ``least``.

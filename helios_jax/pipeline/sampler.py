@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +111,7 @@ class ChunkSampler:
         self.model, self.scheduler, self.plan = model, scheduler, plan
         self.size = (height // 8, width // 8)
         self.channels = latent_channels
+        self._on_mesh = partition is not None and partition.mesh.size > 1
         self.stages = len(plan.steps)
         steps = own_steps or (ChunkSteps(self.schedules(plan.amplify_first_chunk)), ChunkSteps(self.schedules()))
         self._first_tables, self._tables = _stage_tables(scheduler, steps)
@@ -191,8 +192,38 @@ class ChunkSampler:
           inputs: arrays of :meth:`input_shapes`.
         """
         x, block, history, anchor = inputs
-        past = self._history_program and jax.eval_shape(self._history_program, variables, history, anchor)
+        past = self._history_program and jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=history.sharding),
+            jax.eval_shape(self._history_program, variables, history, anchor))
         return self._stage_programs[stage].trace(variables, x, block, text, history, anchor, self._tables[stage], past)
+
+    def lowerings(self, variables: Mapping[str, Any], text: TextContext, batch: int, place: jax.sharding.Sharding | None
+                  ) -> list[Callable[[], jax.stages.Lowered]]:
+        """Functions that trace the programs of a chunk exactly as :meth:`denoise` calls them; compiled, they serve it.
+
+        Args:
+          variables, text: as for :meth:`trace`.
+          batch: videos of one program.
+          place: where text, history, anchor and what programs make lie; None where nothing is bound to a device. (JAX
+            compiles anew for an array that is bound to one where the array before was not. Noise is not.)
+        """
+        def array(shape: tuple[int, ...] | None, place: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct | None:
+            return shape and jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+        def stage(index: int) -> jax.stages.Lowered:
+            x, block, history, anchor = self.input_shapes(index, batch)
+            is_made = index > 0 or (self.stages > 1 and self._on_mesh)  # by a program whose result has a place
+            inputs = [array(x, place if is_made else None), array(block, None)]
+            return self.trace(index, variables, text, [*inputs, array(history, place), array(anchor, place)]).lower()
+
+        noise_shape = (batch, self.plan.layout.chunk, *self.size, self.channels)
+        _, _, *past = (array(shape, place) for shape in self.input_shapes(0, batch))
+        found = [functools.partial(stage, index) for index in range(self.stages)]
+        if self.stages > 1:
+            found.append(lambda: self._noise_shape.lower(array(noise_shape, None)))
+        if self._history_program:
+            found.append(lambda: self._history_program.lower(variables, *past))
+        return found
 
     def compiled_programs(self) -> int:
         """How many programs have been compiled so far."""

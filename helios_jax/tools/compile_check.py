@@ -6,9 +6,9 @@
 
 It needs libtpu (``pip install libtpu``), no TPU. The step is the trainer's own, with the run's mesh, batch and
 optimizer; only the data may be missing, and then random records of the asked size stand in. ``--sample N`` compiles the
-sampler's own programs for one chunk of N videos instead, one per pyramid level. Printed are the memory of a chip by
-kind, the arithmetic, the collectives, and a modelled time with what it assumes. Exit code 0: it fits; 1: it does not,
-and the last line names a change that makes it fit (compiled, too); 2: a mistake in the arguments.
+sampler's own programs for one chunk of N videos instead, one per pyramid level, and the VAE's decoder. Printed are the
+memory of a chip by kind, the arithmetic, the collectives, and a modelled time with what it assumes. Exit code 0: it
+fits; 1: it does not, and the last line names a change that makes it fit (compiled, too); 2: a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -187,6 +187,8 @@ def describe(workload: Workload, report: Report, chip: Chip, chips: int, flops: 
              f"  compiled in {report.seconds:.0f} s" if report.fits else "  does not compile within the chip's memory",
              f"  memory per chip: {report.used / GIB:.2f} of {chip.memory / GIB:.2f} GiB"]
     lines += [f"    {name:<10} {size / GIB:8.3f} GiB" for name, size in report.kinds.items() if size]
+    if workload.host:
+        lines.append(f"  in the host's memory: {workload.host / GIB:.2f} GiB of parameters, copied in every step")
     computed, useful = (number / chips for number in flops)
     lines.append(f"  matrix products per chip: {computed / 1e12:.2f} TFLOP, of them "
                  f"{(computed - useful) / 1e12:.2f} by rematerialisation (counted in the traced function)")
@@ -290,6 +292,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="changes a value of the configuration, for example mesh.fsdp=64; may be repeated")
     parser.add_argument("--sample", type=int, metavar="VIDEOS",
                         help="compiles the sampling of so many videos at once in place of the training step")
+    parser.add_argument("--stream_weights", action="store_true",
+                        help="with --sample: the weights stay in the host's memory; one chip (mesh of 1)")
     parser.add_argument("--size", default="384x640", help="pixels of a video, in training where the data is not there")
     parser.add_argument("--efficiency", type=float, default=0.6, help="of the peak, in the modelled time")
     parser.add_argument("--no-remedy", action="store_true", help="do not look for a change that makes it fit")
@@ -307,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--efficiency: above 0 and at most 1, got {arguments.efficiency}")
     if arguments.sample is not None and arguments.sample < 1:
         raise UserError(f"--sample: a positive number of videos, got {arguments.sample}")
+    if arguments.stream_weights and arguments.sample is None:
+        raise UserError("--stream_weights: goes with --sample")
     size = (int(match[1]), int(match[2]))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock file: several checks may run at once
@@ -326,7 +332,8 @@ def main(argv: list[str] | None = None) -> int:
                 apply_change(changed, change)
             run = run_config(changed)
             if sampling:
-                return Built(run, *sampling_workloads(run, devices, size, arguments.sample))
+                return Built(run, *sampling_workloads(run, devices, size, arguments.sample,
+                                                      arguments.stream_weights))
             partition, workload = training_workload(run, devices)
             return Built(run, partition, [workload])
 
@@ -338,7 +345,8 @@ def main(argv: list[str] | None = None) -> int:
             flops, report = workload.flops(), check(workload, built.partition)
             print("\n".join(describe(workload, report, chip, chips, flops, arguments.efficiency)))
             results.append({"name": workload.name, "times": workload.times, "flops": flops[0],
-                            "flops_without_rematerialisation": flops[1], **report._asdict(),
+                            "flops_without_rematerialisation": flops[1], "host_bytes": workload.host,
+                            **report._asdict(),
                             "collectives": {kind: found._asdict() for kind, found in report.collectives.items()}})
         print(assumptions(chip, arguments.efficiency))
         if arguments.json:

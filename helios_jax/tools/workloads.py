@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,9 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from helios_jax import sharding
-from helios_jax.convert.rules import abstract_params
+from helios_jax.config import VAEConfig
+from helios_jax.convert.rules import abstract_params, flatten, unflatten
 from helios_jax.diffusion import guidance
+from helios_jax.models.streaming import is_streamed
 from helios_jax.models.transformer import HeliosTransformer, TextContext
+from helios_jax.models.vae import WanVAE
+from helios_jax.pipeline.pipeline import decode_chunk
 from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
 from helios_jax.sharding import Partition
 from helios_jax.tools.roofline import count_flops
@@ -35,6 +40,7 @@ class Workload(NamedTuple):
     flops: operations of one run of the loop on all chips: as computed, and without what rematerialisation computes
       again. Attention is counted as its CPU variant computes it: like the kernels, it computes its weights again for
       the gradient, and that counts in both numbers.
+    host: bytes of arguments in the host's memory.
     """
 
     name: str
@@ -42,6 +48,7 @@ class Workload(NamedTuple):
     arguments: dict[str, float]
     lower: Callable[[], jax.stages.Lowered]
     flops: Callable[[], tuple[float, float]]
+    host: float = 0.0
 
 
 def bytes_per_chip(tree: PyTree) -> float:
@@ -93,35 +100,46 @@ def _step_flops(program: Program, batch: PyTree) -> tuple[float, float]:
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, int], videos: int
-                       ) -> tuple[Partition, list[Workload]]:
-    """The sampler's own programs for one chunk of the run's model, one per pyramid level, in the run's dtype.
+def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, int], videos: int,
+                       streamed: bool = False) -> tuple[Partition, list[Workload]]:
+    """The pipeline's own programs for one chunk of the run's model, in the run's dtype: a pyramid level each, decoding.
 
-    The transformer's parameters are in that dtype, too; steps and guidance are those of the run's sample videos. A
-    level's program holds all its steps; the VAE and the text encoder are not part of it.
+    The parameters are in that dtype, too; steps and guidance are those of the run's sample videos. A level's program
+    holds all its steps. The VAE is the published one; the text encoder, which runs once per prompt, is left out.
 
     Args:
       run: of an objective that trains a transformer.
       devices: of the mesh.
       size: height and width in pixels.
       videos: made at once; with guidance the model sees twice as many.
+      streamed: the blocks' weights lie in the host's memory.
 
     Raises:
-      UserError: the objective trains no transformer; the mesh does not fit the devices.
+      UserError: the objective trains no transformer; the mesh does not fit the devices; streaming on several of them.
     """
     module, objective = objective_module(run.objective_name), run.objective
     require(hasattr(module, "sampled_as"), f"--sample: objective {run.objective_name!r} trains no video model")
     index, scheduler = module.sampled_as(objective)
     dtype, partition = jnp.dtype(objective.dtype), Partition.create(run.mesh, devices)
+    require(not streamed or partition.mesh.size == 1, "--stream_weights: goes with a mesh of one device, got "
+            f"{partition.mesh.size}")
     plan = SamplingPlan.for_model(index, steps=(objective.sample.steps,) * scheduler.stages,
                                   guidance_scale=objective.sample.guidance)
     config = objective.transformer
-    model = HeliosTransformer(config, dtype, objective.unroll)
+    model = HeliosTransformer(config, dtype, objective.unroll, for_sampling=True, streamed=streamed)
     # Operations are counted for all chips together, so on a sampler that knows of no mesh.
     sampler, whole = (ChunkSampler(model, scheduler, plan, *size, config.in_channels, partition=where)
                       for where in (partition, None))
     params = abstract_params("transformer", config, dtype)
-    params = sharding.with_shardings(params, sharding.param_shardings(partition, params))
+    places = sharding.param_shardings(partition, params)
+    if streamed:
+        shapes = dict(flatten(params))
+        places = unflatten([(path, place.with_memory_kind("pinned_host")
+                             if is_streamed("transformer", path, shapes[path].shape) else place)
+                            for path, place in flatten(places)])
+    params = sharding.with_shardings(params, places)
+    in_host = [leaf for leaf in jax.tree.leaves(params) if leaf.sharding.memory_kind == "pinned_host"]
+    on_chip = [leaf for leaf in jax.tree.leaves(params) if leaf.sharding.memory_kind != "pinned_host"]
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.replicated)  # as the pipeline holds them
@@ -132,7 +150,7 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
 
     def workload(stage: int) -> Workload:
         inputs = [None if shape is None else array(shape) for shape in sampler.input_shapes(stage, videos)]
-        arguments = {"parameters": params, "text": text, "latents": inputs}
+        arguments = {"parameters": on_chip, "text": text, "latents": inputs}
 
         def lower() -> jax.stages.Lowered:
             return sampler.trace(stage, {"params": params}, text, inputs).lower()
@@ -144,6 +162,23 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
         skipped = 0 if plan.zero_steps is None else sum(guidance.is_zero_init_step(stage, i, plan.zero_steps)
                                                         for i in range(plan.steps[stage]))
         return Workload(f"sampling, level {stage}", plan.steps[stage] - skipped,
-                        {name: bytes_per_chip(tree) for name, tree in arguments.items()}, lower, flops)
+                        {name: bytes_per_chip(tree) for name, tree in arguments.items()}, lower, flops,
+                        bytes_per_chip(in_host))
 
-    return partition, [workload(stage) for stage in range(scheduler.stages)]
+    return partition, [*(workload(stage) for stage in range(scheduler.stages)),
+                       _decoding(partition, dtype, array((videos, plan.layout.chunk, *sampler.size, sampler.channels)))]
+
+
+def _decoding(partition: Partition, dtype: Any, latents: jax.ShapeDtypeStruct) -> Workload:
+    """From a chunk's latents to its frames."""
+    vae = WanVAE(VAEConfig(), dtype, "3d")
+    params = abstract_params("vae", vae.config, dtype)
+    params = sharding.with_shardings(params, jax.tree.map(lambda _: partition.replicated, params))
+    function = functools.partial(decode_chunk, vae)
+
+    def flops() -> tuple[float, float]:
+        count = count_flops(jax.make_jaxpr(function)(params, latents))
+        return count, count
+
+    return Workload("decoding", 1, {"parameters": bytes_per_chip(params), "latents": bytes_per_chip(latents)},
+                    lambda: sharding.jit(partition, function).lower(params, latents), flops)

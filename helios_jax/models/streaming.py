@@ -1,0 +1,88 @@
+"""The loop over layers, whose weights may stay in the host's memory.
+
+Stacked weights [L, ...] that a device has no room for lie in the host's pinned memory, and a layer's weights are copied
+while the layer before it computes: two layers are on the device at a time. The copies are part of the compiled program,
+so nothing returns to Python in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Body = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+
+# Weights with fewer numbers (per layer) stay on the device: they need little room, and every copy has a price.
+SMALL_WEIGHT = 2**16
+# Where a component's parameters have what is streamed: stacks of layers, and the table of the text encoder's tokens.
+STACKS = {"transformer": ("blocks",), "text_encoder": ("encoder", "block")}
+TABLES = {"text_encoder": ("shared",)}
+
+
+def to_device(tree: PyTree) -> PyTree:
+    """Copies of what lies in the host's memory; what is on the device already must not be asked for again, because the
+    TPU compiler would then look for it in the host's memory."""
+    device = jax.memory.Space.Device
+    return jax.tree.map(lambda x: x if jax.typeof(x).memory_space == device else jax.device_put(x, device), tree)
+
+
+def scan_layers(body: Body, carry: PyTree, weights: PyTree, others: PyTree = None, *, last: Body | None = None,
+                unroll: int = 1, streamed: bool = False) -> tuple[PyTree, PyTree]:
+    """``carry, out = body(carry, weights of a layer, others of a layer)`` for all layers.
+
+    Args:
+      body: one layer.
+      carry: what it changes.
+      weights, others: trees of arrays [L, ...].
+      last: what the last layer does in place of ``body``; its ``out`` is not returned. For computations without
+        gradients: layers are then taken from the stacks by their index, because a loop over a part of a stack would
+        copy it, and the gradient of an index is a sum over whole stacks.
+      unroll: layers per turn of the loop.
+      streamed: the weights lie in the host's memory.
+    Returns: the last carry, and the outs stacked.
+    """
+    if last is None and not streamed:
+        return jax.lax.scan(lambda carry, layer: body(carry, *layer), carry, (weights, others), unroll=unroll)
+    layers = jax.tree.leaves(weights)[0].shape[0]
+
+    def layer(tree: PyTree, i: jax.Array | int) -> PyTree:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), tree)
+
+    def step(state: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
+        carry, present = state
+        coming = to_device(layer(weights, jnp.minimum(i + 1, layers - 1))) if streamed else None
+        carry, out = body(carry, present if streamed else layer(weights, i), layer(others, i))
+        return (carry, coming), out
+
+    turns = layers - (last is not None)
+    state, outs = (carry, to_device(layer(weights, 0)) if streamed else None), None
+    if turns:
+        state, outs = jax.lax.scan(step, state, jnp.arange(turns), unroll=min(unroll, turns))
+    carry, present = state
+    if last is not None:
+        carry, _ = last(carry, present if streamed else layer(weights, layers - 1), layer(others, layers - 1))
+    return carry, outs
+
+
+def is_streamed(component: str, path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a parameter of a component ('transformer', 'text_encoder'; the VAE has none) can be streamed."""
+
+    def within(place: tuple[str, ...] | None) -> bool:
+        return place is not None and path[: len(place)] == place
+
+    if within(STACKS.get(component)):
+        return math.prod(shape[1:]) >= SMALL_WEIGHT
+    return within(TABLES.get(component)) and math.prod(shape) >= SMALL_WEIGHT
+
+
+def streamed_sharding(component: str) -> Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]:
+    """Where a component's parameters lie when they are streamed: a function of a leaf's path and shape."""
+    device = jax.local_devices()[0]
+    there = jax.sharding.SingleDeviceSharding(device)
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    return lambda path, shape: host if is_streamed(component, path, shape) else there

@@ -1,0 +1,52 @@
+"""The benchmarks of sampling run end to end at small size on any machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import sampling, startup
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+SMALL = ["--layers", "1", "--heads", "1", "--size", "64x64", "--chunks", "3", "--repeats", "1"]
+
+
+def test_sampling_is_measured_part_by_part_for_both_schedules(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    report = sampling.main([*SMALL, "--peer", "--json", str(file)])
+    rows = report["rows"]
+    assert json.loads(file.read_text())["rows"] == rows
+    assert [row["schedule"] for row in rows] == ["[1,1,1]", "[2,2,2] amplified"]
+    for row in rows:
+        assert set(row["parts_s"]) == {"text, once per prompt", "transformer", "vae", "copy of the frames"}
+        assert row["frames_per_second"] == pytest.approx(33 / row["chunk_s"]) and row["first_chunk_warm_s"] > 0
+    once, twice = (row["flops"] for row in rows)
+    assert [twice[name] / once[name] for name in once] == [2, 2, 2, 1]
+    assert "TFLOP a chunk" in capsys.readouterr().out
+
+
+def test_starting_is_measured_cold_and_warm(tmp_path):
+    model = write_tiny_checkpoint(tmp_path / "model", "distilled")
+    report = startup.main(["--model", str(model), "--size", "64x64", "--json", str(tmp_path / "report.json")])
+    for seconds in report["seconds"].values():
+        parts = [seconds[part] for part in ("import", "load and compile", "text", "first chunk")]
+        assert seconds["command to first chunk"] == pytest.approx(sum(parts)) and min(parts) > 0
+
+
+@pytest.mark.slow
+def test_diffusers_makes_the_same_video_in_the_same_run():
+    pytest.importorskip("diffusers")
+    box = Path(__file__).resolve().parents[1] / "assets" / "helios-tiny"
+    for model in (SMALL, ["--model", str(box), *SMALL[4:]]):
+        rows = sampling.main([*model, "--peer", "eager"])["rows"]
+        assert [row["side"] for row in rows] == ["helios_jax"] * 2 + ["diffusers, eager"] * 2
+
+
+def test_random_weights_of_every_component_are_finite_and_have_the_size_of_its_rules():
+    folder = sampling.random_folder(heads=1, layers=1, size=(64, 64))
+    params = sampling.random_params(folder, jax.numpy.float32)
+    for leaf in jax.tree.leaves(params):
+        assert jax.numpy.isfinite(leaf).all() and leaf.committed

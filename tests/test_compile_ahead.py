@@ -1,0 +1,100 @@
+"""Programs compiled before the weights are there are those that a run uses, and a cache serves only who made it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from helios_jax.compilation import default_cache, program_place, use_cache
+from helios_jax.errors import UserError
+from helios_jax.pipeline.pipeline import HeliosPipeline
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+RUN = dict(steps=1, height=64, width=64)
+PROMPT = "a red circle moving right"
+PROGRAMS = ("_stage", "_decode_chunk_uint8", "text_context", "_encode_ids")
+COMPILED, CACHE_HITS = [], []
+
+
+def _listen(event: str, _: float, **details) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(str(details.get("fun_name")))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+jax.monitoring.register_event_listener(
+    lambda event, **_: CACHE_HITS.append(event) if event == "/jax/compilation_cache/cache_hits" else None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("model") / "m", "distilled")
+
+
+def compiled(program: str) -> int:
+    return sum(program in name for name in COMPILED)
+
+
+def frames_of_run(pipe: HeliosPipeline) -> np.ndarray:
+    return np.concatenate([c.frames for c in pipe.stream(PROMPT, num_frames=66, frames_dtype="uint8", **RUN)], axis=1)
+
+
+def test_what_is_compiled_beside_the_reading_of_weights_is_all_that_a_run_needs(folder):
+    COMPILED.clear()
+    ahead = HeliosPipeline.from_pretrained(folder, compile_for={"prompts": PROMPT, "frames_dtype": "uint8", **RUN})
+    assert [compiled(program) for program in PROGRAMS] == [3, 1, 1, 1]  # three levels of the pyramid
+    COMPILED.clear()
+    video = frames_of_run(ahead)
+    assert [compiled(program) for program in PROGRAMS] == [0, 0, 0, 0]
+    # Without it the run compiles them itself: each once, though the first chunk has another past and other steps. The
+    # text encoder's program serves all pipelines of a process.
+    plain = HeliosPipeline.from_pretrained(folder)
+    COMPILED.clear()
+    np.testing.assert_array_equal(frames_of_run(plain), video)
+    assert [compiled(program) for program in PROGRAMS] == [3, 1, 1, 0]
+
+
+def test_a_mistake_in_what_is_to_be_compiled_is_told_as_that_in_a_run(folder):
+    with pytest.raises(UserError, match="size 64x60"):
+        HeliosPipeline.from_pretrained(folder, compile_for={"width": 60, "height": 64})
+
+
+@pytest.fixture
+def restored():
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_cache_serves_a_program_that_was_compiled_before(restored, tmp_path):
+    assert use_cache(tmp_path / "cache") is None
+    for _ in range(2):
+        CACHE_HITS.clear()
+        jax.clear_caches()
+        jax.jit(lambda x: jnp.tanh(x @ x) * 1.0625)(jnp.ones((3, 3))).block_until_ready()
+    assert CACHE_HITS and list((tmp_path / "cache" / program_place()).iterdir())
+
+
+def test_programs_of_another_device_are_left_alone_and_one_line_says_so(restored, tmp_path):
+    (tmp_path / "NVIDIA_H100-jax-0.1").mkdir()
+    note = use_cache(tmp_path)
+    assert "\n" not in note and "programs of NVIDIA_H100-jax-0.1, none of " + program_place() in note
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / program_place())
+    assert use_cache(tmp_path) is None  # from now on there are
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_only_where_it_was_asked_for(restored, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="compile_cache: .* cannot be written"):
+        use_cache(tmp_path / "file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert use_cache() is None and jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert use_cache() is None and jax.config.jax_compilation_cache_dir == str(default_cache() / program_place())

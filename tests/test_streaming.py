@@ -1,0 +1,122 @@
+"""Weights that stay in the host's memory give the numbers of weights on the device, and what they need is counted."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sample
+from helios_jax.convert.folder import read_model_folder
+from helios_jax.errors import UserError
+from helios_jax.models import streaming
+from helios_jax.models.streaming import scan_layers
+from helios_jax.pipeline import memory
+from helios_jax.pipeline.pipeline import HeliosPipeline
+from helios_jax.sharding import MeshConfig
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+SMALL = dict(num_frames=66, height=64, width=64, seed=3)
+
+
+@pytest.fixture(scope="module", params=["base", "distilled"])
+def checkpoint(request, tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def stream_all(monkeypatch):
+    """Lets the small weights of a tiny model stream, too."""
+    monkeypatch.setattr(streaming, "SMALL_WEIGHT", 1)
+
+
+def test_a_streamed_video_is_the_one_of_weights_on_the_device(checkpoint, stream_all):
+    options = SMALL | (dict(steps=2, guidance_scale=3.0) if "base" in str(checkpoint) else dict(steps=1))
+    plain = HeliosPipeline.from_pretrained(checkpoint, unroll=1)
+    streamed = HeliosPipeline.from_pretrained(checkpoint, unroll=1, stream_weights=True)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(streamed.params["transformer"]["blocks"])}
+    assert kinds == {"pinned_host"}
+    assert streamed.params["text_encoder"]["shared"]["weight"].sharding.memory_kind == "pinned_host"
+    assert streamed.params["transformer"]["proj_out"]["kernel"].sharding.memory_kind == "device"
+    want, got = plain("a red circle", **options), streamed("a red circle", **options)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_small_weights_stay_on_the_device(checkpoint):
+    blocks = HeliosPipeline.from_pretrained(checkpoint, stream_weights=True).params["transformer"]["blocks"]
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(blocks)} == {"device"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("with_last", [False, True])
+@pytest.mark.parametrize(("layers", "unroll"), [(1, 1), (2, 5), (5, 1), (5, 2)])
+def test_the_loop_is_a_loop_in_python(streamed, with_last, layers, unroll):
+    weights = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(layers, 3, 3)).astype(np.float32))}
+    others = jnp.arange(layers, dtype=jnp.float32)
+
+    def body(x, layer, other):
+        x = jnp.tanh(x @ layer["w"]) + other
+        return x, x.sum()
+
+    def last(x, layer, other):
+        return x @ layer["w"] - other, None
+
+    x, sums = jnp.ones((2, 3)), []
+    for i in range(layers):
+        if with_last and i == layers - 1:
+            x, _ = last(x, {"w": weights["w"][i]}, others[i])
+        else:
+            x, total = body(x, {"w": weights["w"][i]}, others[i])
+            sums.append(total)
+    got, outs = jax.jit(lambda w: scan_layers(body, jnp.ones((2, 3)), w, others, last=last if with_last else None,
+                                              unroll=unroll, streamed=streamed))(weights)
+    np.testing.assert_allclose(got, x, rtol=1e-6)
+    assert (outs is None) == (not sums)
+    np.testing.assert_allclose([] if outs is None else outs, sums, rtol=1e-6)
+
+
+def test_bytes_are_those_of_the_loaded_arrays(checkpoint, stream_all):
+    folder = read_model_folder(checkpoint)
+    dtypes = {"transformer": jnp.bfloat16, "text_encoder": jnp.bfloat16, "vae": jnp.float32}
+    params = HeliosPipeline.from_pretrained(checkpoint, dtype="bfloat16", stream_weights=True).params
+    counted = memory.weight_bytes(folder, dtypes, streamed=True)
+    for kind, expected in (("device", counted.device), ("pinned_host", counted.host)):
+        assert sum(x.nbytes for x in jax.tree.leaves(params) if x.sharding.memory_kind == kind) == expected
+    blocks = jax.tree.leaves(params["transformer"]["blocks"])
+    table = params["text_encoder"]["shared"]["weight"].nbytes
+    text_blocks = jax.tree.leaves(params["text_encoder"]["encoder"]["block"])
+    two = [sum(2 * x.nbytes // x.shape[0] for x in leaves if x.sharding.memory_kind == "pinned_host")
+           for leaves in (blocks, text_blocks)]
+    assert counted.visiting == max(*two, table)
+    whole = memory.weight_bytes(folder, dtypes)
+    assert whole.device == counted.device + counted.host and whole.host == whole.visiting == 0
+
+
+class SmallDevice:
+    def memory_stats(self):
+        return {"bytes_limit": 1000}
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(checkpoint, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [SmallDevice()])
+    monkeypatch.setattr("helios_jax.pipeline.pipeline.load_pipeline_params", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(UserError, match=r"^memory: the weights take [\d.]+ GB of the device's 0\.0 GB; with "
+                                        r"stream_weights [\d.]+ GB, and [\d.]+ GB of the host's$"):
+        HeliosPipeline.from_pretrained(checkpoint)
+    with pytest.raises(UserError, match=r"^memory: the weights take [\d.]+ GB of the device's 0\.0 GB$"):
+        HeliosPipeline.from_pretrained(checkpoint, stream_weights=True)
+
+
+def test_streaming_goes_with_one_device(checkpoint, tmp_path, capsys):
+    with pytest.raises(UserError, match="stream_weights: goes with one device, not with a mesh"):
+        HeliosPipeline.from_pretrained(checkpoint, mesh=MeshConfig(), stream_weights=True)
+    config = tmp_path / "options.json"
+    config.write_text(json.dumps({"prompt": "a red circle", "mesh": {"fsdp": 1}, "stream_weights": True,
+                                  "model": str(checkpoint), "output": str(tmp_path / "video.mp4"), "quiet": True}))
+    with pytest.raises(SystemExit) as end:
+        sample.main(["--config", str(config)])
+    assert end.value.code == 2 and "stream_weights: goes with one device" in capsys.readouterr().err
+    assert not (tmp_path / "video.mp4").exists()
