@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
                        "python -m helios_jax.convert (default: the small model in the box)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of transformer and text encoder "
                        "(default float32 on a CPU, else bfloat16)")
+    model.add_argument("--precision", metavar="MODE", help="of the linear layers: fp8, int8 (weights and activations), "
+                       "int8_weights, int4_weights, or none (default: as the checkpoint is; see docs/low_precision.md)")
     model.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="may be given several times; weight 1 "
                        "if none is given")
     model.add_argument("--lora_apart", action="store_true", help="keep LoRA beside the weights instead of merging it")
@@ -285,6 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     from helios_jax import distributed
     from helios_jax import video as video_io
     from helios_jax.convert.folder import read_model_folder, resolve_model
+    from helios_jax.models.quantize import check_precision
     from helios_jax.pipeline.pipeline import HeliosPipeline
     from helios_jax.pipeline.prompts import checked_schedule, parse_schedule
     from helios_jax.pipeline.request import CHUNK_FRAMES, DEFAULT_FPS, SamplingOptions
@@ -322,9 +325,14 @@ def main(argv: list[str] | None = None) -> int:
     for path in paths if is_first else ():
         video_io.VideoWriter(path, fps).discard()  # finds every output that cannot be written
 
+    precision = given.get("precision") or folder.precision("transformer")
+    note = check_precision(precision, jax.devices()[0].device_kind)
+    if note and is_first and not given.get("quiet", False):
+        print(note, file=sys.stderr)
     dtype = given.get("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     pipeline = HeliosPipeline.from_pretrained(folder.root, dtype=dtype, lora=lora,
-                                              merge_lora=not given.get("lora_apart", False), mesh=mesh)
+                                              merge_lora=not given.get("lora_apart", False), mesh=mesh,
+                                              precision=precision)
     for prompt, path in zip(prompts, paths, strict=True):
         stream = pipeline.stream(prompt, negative_prompt=given.get("negative_prompt", ""), image=image, video=frames,
                                  prompt_schedule=schedule, options=run)

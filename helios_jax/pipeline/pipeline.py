@@ -24,7 +24,8 @@ from helios_jax.convert.rules import abstract_params
 from helios_jax.diffusion.history import replaces_anchor, update_anchor
 from helios_jax.diffusion.noise import NoiseSource, SeededNoise
 from helios_jax.errors import UserError
-from helios_jax.lora import adapter_tree, merge, read_lora
+from helios_jax.lora import MERGE_REFUSED, adapter_tree, merge, read_lora
+from helios_jax.models.quantize import check_precision
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import WanVAE, decode_in_steps, denormalize_latents, normalize_latents, posterior_sample
@@ -97,7 +98,8 @@ class HeliosPipeline:
     @classmethod
     def from_pretrained(cls, model: str | Path, *, dtype: str = "float32", vae_dtype: str = "float32",
                         lora: Sequence[tuple[str | Path, float]] = (), merge_lora: bool = True,
-                        unroll: int | None = None, mesh: MeshConfig | None = None) -> HeliosPipeline:
+                        unroll: int | None = None, mesh: MeshConfig | None = None, precision: str | None = None,
+                        ) -> HeliosPipeline:
         """Loads a checkpoint.
 
         Args:
@@ -106,6 +108,8 @@ class HeliosPipeline:
           lora: (file or folder, weight) pairs.
           merge_lora: add the adapters to the weights; False keeps them apart.
           mesh: divide the model over several devices (docs/pods.md); None takes the first one.
+          precision: of the linear layers, 'none' or a mode of docs/low_precision.md, into which they are quantised
+            while the weights are read; None takes the checkpoint as it is, quantised or not.
 
         Raises:
           UserError: the checkpoint or an adapter cannot be used, or the mesh does not fit; one line.
@@ -115,14 +119,18 @@ class HeliosPipeline:
                 raise UserError(f"{name}: one of {', '.join(DTYPES)}, got {value!r}")
         compute, vae_compute = DTYPES[dtype], DTYPES[vae_dtype]
         folder = read_model_folder(resolve_model(model))
+        precision = folder.precision("transformer") if precision is None else precision
+        check_precision(precision, jax.devices()[0].device_kind)
         partition = None if mesh is None else Partition.create(mesh)
         if partition is not None:
             partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         # The small files first: a mistake in them shows before gigabytes are read.
         loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
+        if loaded and merge_lora and precision != "none":
+            raise UserError(MERGE_REFUSED)
         _, params = load_pipeline_params(
             folder.root, dtype={"transformer": compute, "text_encoder": compute, "vae": vae_compute},
-            sharding=component_shardings(folder, partition))
+            sharding=component_shardings(folder, partition, precision), precision=precision)
         adapters = None
         if loaded:
             if merge_lora:
@@ -320,14 +328,18 @@ class VideoStream(Iterator[Chunk]):
         return self._contexts[1]
 
 
-def component_shardings(folder: ModelFolder, partition: Partition | None) -> dict[str, Any]:
+def component_shardings(folder: ModelFolder, partition: Partition | None, precision: str = "none") -> dict[str, Any]:
     """Where the parameters of the components lie on a mesh, as the loaders take it; {} without one.
 
     The VAE is small and whole on every device.
+
+    Args:
+      precision: in which transformer and text encoder are loaded.
     """
     if partition is None:
         return {}
-    places = {name: sharding.param_shardings(partition, abstract_params(name, folder.config(name)))
+    places = {name: sharding.param_shardings(partition, abstract_params(name, folder.config(name),
+                                                                        precision=precision))
               for name in ("transformer", "text_encoder")}
     return {**places, "vae": partition.replicated}
 
