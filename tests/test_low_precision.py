@@ -51,22 +51,22 @@ def one_line(call, *arguments, **options) -> str:
 # --- one layer -------------------------------------------------------------------------------------------------------
 
 
-def stated(values: np.ndarray, dtype: str, tiles: int = 1, rounded_scale: np.ndarray | None = None
-           ) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers and scales of the same quantisation, float64: groups of the last axis by their largest absolute value.
+def stated(values: np.ndarray, dtype: str, tiles: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers, scales and what was rounded to the numbers, float64: groups of the last axis by their largest absolute
+    value.
 
-    Scale and quotient are float32, as stored; an integer's range reaches half a step beyond its largest number. That
-    number then lies between two, and the last bit of the scale decides: ``rounded_scale`` is the one to divide by.
+    Scale and quotient are float32, as stored; an integer's range reaches half a step beyond its largest number.
     """
     groups = values.astype(np.float32).reshape(*values.shape[:-1], tiles, -1)
     bound = {"int8": 127.5, "int4": 7.5, "float8_e4m3fn": 448}[dtype]
     scale = np.abs(groups).max(-1, keepdims=True) / np.float32(bound)
-    quotient = groups / (scale if rounded_scale is None else rounded_scale[..., None])
+    quotient = groups / scale
     if dtype == "float8_e4m3fn":
         numbers = quotient.astype(ml_dtypes.float8_e4m3fn)
     else:
         numbers = np.clip(np.round(quotient), -np.ceil(bound), np.floor(bound))
-    return numbers.astype(np.float64).reshape(values.shape), scale[..., 0].astype(np.float64)
+    return (numbers.astype(np.float64).reshape(values.shape), scale[..., 0].astype(np.float64),
+            quotient.astype(np.float64).reshape(values.shape))
 
 
 @pytest.mark.parametrize("features", [(24, 12), (320, 48)])
@@ -74,19 +74,24 @@ def stated(values: np.ndarray, dtype: str, tiles: int = 1, rounded_scale: np.nda
 def test_a_quantised_linear_layer_equals_a_float64_statement_of_the_same_quantisation(mode, features):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 7, features[0])).astype(np.float32)
+    x[..., 0] = 1.5 * np.abs(x).max(-1)  # positive, so that clipping and not the last bit decides its number
     x[1, 3] = 0  # a token without a largest value
     kernel, bias = (rng.standard_normal(shape).astype(np.float32) for shape in (features, features[1:]))
     format = PRECISIONS[mode]["transformer"]
     quantised = quantise(kernel, format)
     tiles = format.tiles(features[0])
-    numbers, scale = stated(kernel.T, format.dtype, tiles, np.asarray(quantised.scale))
-    np.testing.assert_array_equal(np.asarray(quantised.qvalue).astype(np.float64), numbers)
-    np.testing.assert_allclose(quantised.scale, scale, rtol=2.0**-23)  # XLA multiplies by the bound's reciprocal
+    want, want_scale, quotient = stated(kernel.T, format.dtype, tiles)
+    numbers, scale = (np.asarray(part).astype(np.float64) for part in (quantised.qvalue, quantised.scale))
+    np.testing.assert_allclose(scale, want_scale, rtol=2.0**-23)  # XLA multiplies by the bound's reciprocal
+    # The largest integer of a group lies between two numbers; the last bit of its scale decides.
+    off = numbers != want
+    np.testing.assert_allclose(np.abs(numbers - quotient)[off], 0.5, atol=1e-4)
+    assert off.sum() <= scale.size
 
     weights = numbers * np.repeat(scale, features[0] // tiles, axis=-1)  # [out, in]
     if tiles == 1:
         with np.errstate(invalid="ignore"):  # 0 / 0 of the empty token
-            inputs, x_scale = stated(x, format.dtype)
+            inputs, x_scale, _ = stated(x, format.dtype)
         inputs = np.nan_to_num(inputs) * x_scale
     else:
         inputs = x.astype(np.float64)
@@ -265,7 +270,7 @@ def test_reading_a_quantised_checkpoint_is_strict(converted, tmp_path):
     line = one_line(load_component, copy_with_precision(int8, tmp_path / "tiles", "int8_weights"), "transformer")
     assert "misshapen: blocks/attn1/to_q/kernel/scale is [2, 32, 1], expected [2, 32, 2]" in line
     line = one_line(load_component, copy_with_precision(int8, tmp_path / "plain", "none"), "transformer")
-    assert "10 missing: blocks/attn1/to_q/kernel" in line and "20 unexpected: blocks/attn1/to_q/kernel/qvalue" in line
+    assert "10 missing: blocks/attn1/to_q/kernel" in line and "20 unexpected: blocks/attn1/to_" in line
     line = one_line(load_component, copy_with_precision(int8, tmp_path / "other", "int3"), "transformer")
     assert "precision: one of none, fp8, int8, int8_weights, int4_weights, got 'int3'" in line
 

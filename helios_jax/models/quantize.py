@@ -8,8 +8,8 @@ A quantised kernel is a ``qwix.QArray`` where the plain array [..., in, out] was
   scale   [..., out, tiles]  float32; w = scale * qvalue.
 
 With one scale per output the scale leaves the sum over inputs. Then the inputs are quantised, too, each token by its
-own largest absolute value, and the product is one of few-bit numbers. Tokens do not see each other, so that a video
-depends on neither its batch nor the mesh. With several scales along the inputs (weights only) the kernel is widened to
+own largest absolute value, and the product is one of few-bit numbers. Tokens do not see each other, so that no video
+depends on those it shares a batch with. With several scales along the inputs (weights only) the kernel is widened to
 the inputs' type before the product.
 
 qwix is needed only where a precision is asked for.
