@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
                        "(default float32 on a CPU, else bfloat16)")
     model.add_argument("--vae_dtype", choices=("float32", "bfloat16"), help="of the video decoder and encoder (default "
                        "as --dtype)")
+    model.add_argument("--precision", metavar="MODE", help="of the linear layers: fp8, int8 (weights and activations), "
+                       "int8_weights, int4_weights, or none (default: as the checkpoint is; see docs/low_precision.md)")
     model.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="may be given several times; weight 1 "
                        "if none is given")
     model.add_argument("--lora_apart", action="store_true", help="keep LoRA beside the weights instead of merging it")
@@ -289,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     from helios_jax import compilation, distributed
     from helios_jax import video as video_io
     from helios_jax.convert.folder import read_model_folder, resolve_model
+    from helios_jax.models.quantize import check_precision
     from helios_jax.pipeline.pipeline import HeliosPipeline
     from helios_jax.pipeline.prompts import checked_schedule, parse_schedule
     from helios_jax.pipeline.request import CHUNK_FRAMES, DEFAULT_FPS, SamplingOptions
@@ -328,6 +331,10 @@ def main(argv: list[str] | None = None) -> int:
 
     if given.get("compile_cache") != "off" and (note := compilation.use_cache(given.get("compile_cache"))):
         print(note, file=sys.stderr)
+    precision = given.get("precision") or folder.precision("transformer")
+    note = check_precision(precision, jax.devices()[0].device_kind)
+    if note and is_first and not given.get("quiet", False):
+        print(note, file=sys.stderr)
     dtype = given.get("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     negative, frames_dtype = given.get("negative_prompt", ""), "uint8"
     ahead = {"prompts": [prompts[0], *(change.prompt for change in schedule)], "negative_prompt": negative,
@@ -337,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     pipeline = HeliosPipeline.from_pretrained(
         folder.root, dtype=dtype, vae_dtype=given.get("vae_dtype", dtype), lora=lora,
         merge_lora=not given.get("lora_apart", False), mesh=mesh,
-        stream_weights=given.get("stream_weights", False), compile_for=ahead)
+        precision=precision, stream_weights=given.get("stream_weights", False), compile_for=ahead)
     for prompt, path in zip(prompts, paths, strict=True):
         stream = pipeline.stream(prompt, negative_prompt=negative, image=image, video=frames, prompt_schedule=schedule,
                                  options=run, lookahead=True, frames_dtype=frames_dtype)

@@ -34,8 +34,11 @@ from helios_jax.convert.folder import download, refuse_pickles
 from helios_jax.convert.rules import Layout, Leaf, TensorRule, flatten, leaves, listing, tensor_rules, unflatten
 from helios_jax.convert.safetensors_io import SafetensorsFile, SafetensorsWriter
 from helios_jax.errors import UserError
+from helios_jax.models.quantize import is_quantised
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
+MERGE_REFUSED = ("lora: adapters cannot be merged into quantised weights; keep them apart (--lora_apart, "
+                 "merge_lora=False), or quantise a model into which they have been merged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,9 @@ def merge(params: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, A
     Args:
       params: the transformer's parameter tree.
       adapters: of :func:`read_lora`; their updates add up.
+
+    Raises:
+      UserError: the weights are quantised.
     """
     return _with_updates(params, _module_updates(adapters))
 
@@ -128,6 +134,8 @@ def _with_updates(params: Mapping[str, Any], updates: Iterable[tuple[tuple[str, 
     merged = dict(flatten(params))
     for path, update in updates:
         kernel = merged[(*path, "kernel")]
+        if is_quantised(kernel):
+            raise UserError(MERGE_REFUSED)
         merged[(*path, "kernel")] = _add_product(kernel, update["a"], update["b"])
         if "bias" in update:
             bias = jnp.asarray(merged[(*path, "bias")])

@@ -43,6 +43,7 @@ class SyntheticSource:
     """Leaves of any size whose blocks are made when they are asked for."""
 
     component = "transformer"
+    precision = "none"
 
     def __init__(self, config, dtype):
         self.config, self._dtype = config, np.dtype(dtype)

@@ -14,8 +14,8 @@ from helios_jax.convert.folder import read_model_folder
 from helios_jax.errors import UserError
 from helios_jax.models import streaming
 from helios_jax.models.streaming import scan_layers
-from helios_jax.pipeline import memory
 from helios_jax.pipeline.pipeline import HeliosPipeline
+from helios_jax.pipeline.placement import Placement
 from helios_jax.sharding import MeshConfig
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -33,10 +33,11 @@ def stream_all(monkeypatch):
     monkeypatch.setattr(streaming, "SMALL_WEIGHT", 1)
 
 
-def test_a_streamed_video_is_the_one_of_weights_on_the_device(checkpoint, stream_all):
+@pytest.mark.parametrize("precision", ["none", "int8_weights"])
+def test_a_streamed_video_is_the_one_of_weights_on_the_device(checkpoint, stream_all, precision):
     options = SMALL | (dict(steps=2, guidance_scale=3.0) if "base" in str(checkpoint) else dict(steps=1))
-    plain = HeliosPipeline.from_pretrained(checkpoint, unroll=1)
-    streamed = HeliosPipeline.from_pretrained(checkpoint, unroll=1, stream_weights=True)
+    plain = HeliosPipeline.from_pretrained(checkpoint, unroll=1, precision=precision)
+    streamed = HeliosPipeline.from_pretrained(checkpoint, unroll=1, precision=precision, stream_weights=True)
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(streamed.params["transformer"]["blocks"])}
     assert kinds == {"pinned_host"}
     assert streamed.params["text_encoder"]["shared"]["weight"].sharding.memory_kind == "pinned_host"
@@ -82,7 +83,7 @@ def test_bytes_are_those_of_the_loaded_arrays(checkpoint, stream_all):
     folder = read_model_folder(checkpoint)
     dtypes = {"transformer": jnp.bfloat16, "text_encoder": jnp.bfloat16, "vae": jnp.float32}
     params = HeliosPipeline.from_pretrained(checkpoint, dtype="bfloat16", stream_weights=True).params
-    counted = memory.weight_bytes(folder, dtypes, streamed=True)
+    counted = Placement(folder, dtypes, streamed=True).bytes()
     for kind, expected in (("device", counted.device), ("pinned_host", counted.host)):
         assert sum(x.nbytes for x in jax.tree.leaves(params) if x.sharding.memory_kind == kind) == expected
     blocks = jax.tree.leaves(params["transformer"]["blocks"])
@@ -91,7 +92,7 @@ def test_bytes_are_those_of_the_loaded_arrays(checkpoint, stream_all):
     two = [sum(2 * x.nbytes // x.shape[0] for x in leaves if x.sharding.memory_kind == "pinned_host")
            for leaves in (blocks, text_blocks)]
     assert counted.visiting == max(*two, table)
-    whole = memory.weight_bytes(folder, dtypes)
+    whole = Placement(folder, dtypes).bytes()
     assert whole.device == counted.device + counted.host and whole.host == whole.visiting == 0
 
 

@@ -9,6 +9,7 @@ import time
 from helios_jax.convert.export import FORMATS, MAX_SHARD_BYTES, convert_model
 from helios_jax.convert.folder import resolve_model
 from helios_jax.errors import UserError, command_line
+from helios_jax.models.quantize import PRECISIONS
 
 DESCRIPTION = """\
 Converts a Helios model between the published layout (safetensors, read by diffusers) and Orbax.
@@ -22,6 +23,7 @@ EXAMPLES = """\
 examples:
   python -m helios_jax.convert --from BestWishYsh/Helios-Distilled --to models/distilled --format orbax
   python -m helios_jax.convert --from runs/stage1/export --to models/for-diffusers --format diffusers --dtype bfloat16
+  python -m helios_jax.convert --from BestWishYsh/Helios-Distilled --to models/distilled-fp8 --precision fp8
   python -m helios_jax.convert --from Wan-AI/Wan2.1-T2V-14B-Diffusers --from-wan --to models/stage1-init
 """
 
@@ -41,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="convert to what a model that computes in this dtype keeps in memory: everything in it "
                              "except the parameters that the original keeps in float32 (default: as stored)")
+    result.add_argument("--precision", choices=tuple(PRECISIONS), default="none",
+                        help="quantise the linear layers of transformer and text encoder; only to Orbax. Sampling from "
+                             "the result needs no flag (default: %(default)s)")
     result.add_argument("--revision", help="branch, tag or commit on the hub")
     result.add_argument("--from-wan", action="store_true",
                         help="the input is a Wan 2.1 text-to-video model; write a Helios-Base model whose history "
@@ -59,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.monotonic()
     convert_model(resolve_model(options.model, options.revision), options.out, options.format, options.dtype,
                   max(1, int(options.max_shard_gb * 1e9)), options.overwrite, options.from_wan,
-                  report=lambda line: print(line, file=sys.stderr, flush=True))
+                  report=lambda line: print(line, file=sys.stderr, flush=True), precision=options.precision)
     print(f"wrote {options.out} in {time.monotonic() - start:.0f} s", file=sys.stderr)
 
 

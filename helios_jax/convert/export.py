@@ -17,12 +17,20 @@ from typing import Any
 import numpy as np
 
 from helios_jax.config import ModelIndex, SchedulerConfig, read_json
-from helios_jax.convert.folder import ORBAX_FOLDER, WEIGHT_STEMS, ModelFolder, read_model_folder, write_json
+from helios_jax.convert.folder import (
+    ORBAX_FOLDER,
+    PRECISION_FILE,
+    WEIGHT_STEMS,
+    ModelFolder,
+    read_model_folder,
+    write_json,
+)
 from helios_jax.convert.rules import CONFIG_CLASSES, Config, leaves, tensor_rules
 from helios_jax.convert.safetensors_io import SafetensorsWriter
-from helios_jax.convert.sources import LeafSource, SafetensorsSource, TreeSource
+from helios_jax.convert.sources import LeafSource, QuantisedSource, SafetensorsSource, TreeSource
 from helios_jax.convert.wan import transformer_config_from_wan
 from helios_jax.errors import UserError
+from helios_jax.models.quantize import STACKS
 
 FORMATS = ("orbax", "diffusers")
 # The shard size of diffusers' save_pretrained.
@@ -57,7 +65,7 @@ def export_pipeline(out: str | Path, params: Mapping[str, Mapping[str, Any]], co
 
 def convert_model(model: Path, out: str | Path, format: str = "orbax", dtype: Any = None,
                   max_shard_bytes: int = MAX_SHARD_BYTES, overwrite: bool = False, from_wan: bool = False,
-                  report: Callable[[str], None] = lambda line: None) -> None:
+                  report: Callable[[str], None] = lambda line: None, precision: str = "none") -> None:
     """Converts a model folder, a block of a parameter at a time.
 
     Args:
@@ -69,6 +77,7 @@ def convert_model(model: Path, out: str | Path, format: str = "orbax", dtype: An
       from_wan: ``model`` is a Wan 2.1 text-to-video model; ``out`` becomes a Helios-Base model to be trained, with
         history patches made from the patch embedding.
       report: receives one line per component.
+      precision: a mode of ``helios_jax.models.quantize``, into which kernels are quantised; only to 'orbax'.
 
     Raises:
       UserError: see :func:`export_pipeline` and :func:`~helios_jax.convert.load.load_component`.
@@ -77,6 +86,12 @@ def convert_model(model: Path, out: str | Path, format: str = "orbax", dtype: An
     if out.resolve() == model.resolve() or out.resolve() in model.resolve().parents:
         raise UserError(f"{out}: would replace the model that is converted; choose another folder")
     folder = _wan_folder(model) if from_wan else read_model_folder(model)
+    for component in STACKS:
+        if (stored := folder.precision(component)) != "none":
+            raise UserError(f"{model}: its {component} is stored in {stored}, which cannot be converted; convert the "
+                            "original model")
+    if precision != "none" and format != "orbax":
+        raise UserError(f"precision: {precision} can only be written with format 'orbax', got {format!r}")
     with contextlib.ExitStack() as stack:
         sources: dict[str, LeafSource] = {}
         for component in CONFIG_CLASSES:
@@ -88,6 +103,8 @@ def convert_model(model: Path, out: str | Path, format: str = "orbax", dtype: An
             else:
                 sources[component] = stack.enter_context(SafetensorsSource(
                     part, component, config, dtype, from_wan=from_wan and component == "transformer"))
+            if precision != "none" and component in STACKS:
+                sources[component] = QuantisedSource(sources[component], precision)
         if from_wan:
             configs = {"transformer": config_json("transformer", folder.transformer)}
             index, scheduler = folder.index.to_dict(), scheduler_json(folder.scheduler)
@@ -148,7 +165,7 @@ def _write_folder(out: Path, format: str, sources: Mapping[str, LeafSource], con
         raise UserError(f"format: one of {', '.join(FORMATS)}, got {format!r}")
     if tokenizer is not None and not Path(tokenizer).is_dir():
         raise UserError(f"{tokenizer}: no such folder (the tokenizer)")
-    sizes = {c: sum(math.prod(leaf.shape) * s.dtype(leaf).itemsize for leaf in leaves(c, s.config))
+    sizes = {c: sum(math.prod(leaf.shape) * s.dtype(leaf).itemsize for leaf in leaves(c, s.config, s.precision))
              for c, s in sources.items()}
     with atomic_folder(out, overwrite) as building:
         # Orbax compresses; half the size is the least it can be expected to need.
@@ -165,6 +182,8 @@ def _write_folder(out: Path, format: str, sources: Mapping[str, LeafSource], con
             report(f"{component}: {tensors} tensors, {readable_bytes(sizes[component])}")
             folder = building / component
             write_json(folder / "config.json", configs[component])
+            if source.precision != "none":
+                write_json(folder / PRECISION_FILE, {"precision": source.precision})
             if format == "orbax":
                 from helios_jax.convert.orbax_io import save_leaves
 

@@ -19,6 +19,7 @@ from helios_jax.config import (
 from helios_jax.convert.rules import COMPONENTS, CONFIG_CLASSES, Config, listing
 from helios_jax.convert.safetensors_io import SafetensorsFile, TensorEntry
 from helios_jax.errors import UserError
+from helios_jax.models.quantize import PRECISIONS
 
 # Component -> stem of its weight files in the published layout.
 WEIGHT_STEMS = {
@@ -28,6 +29,8 @@ WEIGHT_STEMS = {
 }
 # Folder of a component's Orbax checkpoint, beside its config.json.
 ORBAX_FOLDER = "params"
+# Beside it where the kernels are quantised: the precision's name.
+PRECISION_FILE = "precision.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 # What sampling reads; sibling folders such as transformer_init stay on the hub.
@@ -60,6 +63,10 @@ class ModelFolder:
 
     def config(self, component: str) -> Config:
         return getattr(self, component)
+
+    def precision(self, component: str) -> str:
+        """In which a component's kernels are stored."""
+        return stored_precision(self.root / component)
 
 
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
@@ -132,6 +139,21 @@ def read_component_config(folder: str | Path, component: str) -> Config:
     if component not in CONFIG_CLASSES:
         raise UserError(f"component: one of {', '.join(COMPONENTS)}, got {component!r}")
     return _read(CONFIG_CLASSES[component].from_dict, Path(folder) / "config.json")
+
+
+def stored_precision(folder: str | Path) -> str:
+    """The precision of the kernels in a component's folder, 'none' where they are plain.
+
+    Raises:
+      UserError: its file names none that there is.
+    """
+    path = Path(folder) / PRECISION_FILE
+    if not path.is_file():
+        return "none"
+    precision = read_json(path).get("precision")
+    if precision not in PRECISIONS:
+        raise UserError(f"{path}: precision: one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return precision
 
 
 def _read(parse, path: Path):

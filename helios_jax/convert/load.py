@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,13 @@ from helios_jax.convert.folder import (
     read_component_config,
     read_model_folder,
     resolve_model,
+    stored_precision,
 )
 from helios_jax.convert.rules import COMPONENTS, Config, Leaf, flatten, leaves, unflatten
-from helios_jax.convert.sources import Index, SafetensorsSource
+from helios_jax.convert.sources import Index, LeafSource, QuantisedSource, SafetensorsSource
 from helios_jax.convert.wan import transformer_config_from_wan
+from helios_jax.errors import UserError
+from helios_jax.models.quantize import STACKS, as_qarrays
 
 Sharding = jax.sharding.Sharding
 # One sharding for everything, a tree like the parameters, or a function of a leaf's path and shape.
@@ -29,7 +33,8 @@ Shardings = Sharding | Mapping[str, Any] | Callable[[tuple[str, ...], tuple[int,
 
 def load_component(folder: str | Path, component: str, config: Config | None = None, dtype: Any = None,
                    sharding: Shardings = None, from_wan: bool = False,
-                   only: Callable[[tuple[str, ...]], bool] | None = None) -> dict[str, Any]:
+                   only: Callable[[tuple[str, ...]], bool] | None = None, precision: str | None = None
+                   ) -> dict[str, Any]:
     """Loads the parameters of one component.
 
     Reading is strict: missing, unexpected and misshapen tensors are all listed in one error. Leaves are read one at a
@@ -49,8 +54,10 @@ def load_component(folder: str | Path, component: str, config: Config | None = N
       from_wan: the folder holds a Wan 2.1 text-to-video transformer; its history patches are made from its patch
         embedding (see ``helios_jax.convert.wan``).
       only: of a parameter's path, whether to return it; all by default. (An Orbax checkpoint is read whole.)
+      precision: a mode of ``helios_jax.models.quantize``, into which kernels are quantised while they are read: no
+        device holds more than a layer of a plain one. None keeps them as stored.
 
-    Returns: nested dicts of ``jax.Array``.
+    Returns: nested dicts of ``jax.Array``; quantised kernels are ``qwix.QArray``.
 
     Raises:
       UserError: the folder, its files or its tensors are not what the component needs; one line.
@@ -59,14 +66,28 @@ def load_component(folder: str | Path, component: str, config: Config | None = N
     if config is None:
         config = _wan_config(folder) if from_wan else read_component_config(folder, component)
     sharding_of = _sharding_lookup(sharding)
-    if (folder / ORBAX_FOLDER).is_dir():
-        from helios_jax.convert.orbax_io import restore_params
+    stored = stored_precision(folder)
+    if stored != "none" and precision not in (None, stored):
+        raise UserError(f"precision: {folder} is stored in {stored}, got {precision!r}; leave it out, or convert the "
+                        "original model")
+    with contextlib.ExitStack() as stack:
+        if (folder / ORBAX_FOLDER).is_dir():
+            from helios_jax.convert.orbax_io import OrbaxSource, restore_params
 
-        params = restore_params(folder / ORBAX_FOLDER, component, config, dtype, sharding_of)
-        return params if only is None else unflatten([(path, leaf) for path, leaf in flatten(params) if only(path)])
-    with SafetensorsSource(folder, component, config, dtype, from_wan) as source:
-        return unflatten([(leaf.path, _load_leaf(source, leaf, sharding_of(leaf)))
-                          for leaf in leaves(component, config) if only is None or only(leaf.path)])
+            if precision in (None, stored):
+                params = as_qarrays(restore_params(folder / ORBAX_FOLDER, component, config, dtype, sharding_of,
+                                                   stored))
+                return params if only is None else unflatten(
+                    [(path, leaf) for path, leaf in flatten(params) if only(path)])
+            source = OrbaxSource(folder / ORBAX_FOLDER, component, config, dtype)
+        else:
+            source = stack.enter_context(SafetensorsSource(folder, component, config, dtype, from_wan))
+        read = _load_leaf
+        if precision not in (None, "none"):
+            source, read = QuantisedSource(source, precision), _load_blocks
+        return as_qarrays(unflatten([(leaf.path, read(source, leaf, sharding_of(leaf)))
+                                     for leaf in leaves(component, config, source.precision)
+                                     if only is None or only(leaf.path)]))
 
 
 def load_wan_transformer(model: str | Path, dtype: Any = None, sharding: Shardings = None,
@@ -84,7 +105,7 @@ def load_wan_transformer(model: str | Path, dtype: Any = None, sharding: Shardin
 
 
 def load_pipeline_params(model: str | Path, dtype: Any = None, components: Sequence[str] = COMPONENTS,
-                         sharding: Mapping[str, Shardings] | None = None,
+                         sharding: Mapping[str, Shardings] | None = None, precision: str | None = None,
                          ) -> tuple[ModelFolder, dict[str, dict[str, Any]]]:
     """Loads a whole model.
 
@@ -94,6 +115,7 @@ def load_pipeline_params(model: str | Path, dtype: Any = None, components: Seque
         dtypes. The original's program uses bfloat16 and keeps the VAE in float32.
       components: which ones to load.
       sharding: component -> shardings, see :func:`load_component`.
+      precision: of transformer and text encoder, see :func:`load_component`.
 
     Returns: the folder with all configurations, and component -> parameters.
 
@@ -105,7 +127,8 @@ def load_pipeline_params(model: str | Path, dtype: Any = None, components: Seque
     for component in components:
         component_dtype = dtype.get(component) if isinstance(dtype, Mapping) else dtype
         params[component] = load_component(folder.root / component, component, folder.config(component),
-                                           component_dtype, (sharding or {}).get(component))
+                                           component_dtype, (sharding or {}).get(component),
+                                           precision=precision if component in STACKS else None)
     return folder, params
 
 
@@ -135,6 +158,14 @@ def _load_leaf(source: SafetensorsSource, leaf: Leaf, sharding: Sharding) -> jax
         return jax.device_put(source.read(leaf), sharding)
     needed = sharding.addressable_devices_indices_map(leaf.shape).values()
     return jax.make_array_from_callback(leaf.shape, sharding, _shard_reader(source, leaf, needed))
+
+
+def _load_blocks(source: LeafSource, leaf: Leaf, sharding: Sharding) -> jax.Array:
+    """A leaf of a source that only hands out blocks; whole on the host."""
+    whole = np.empty(leaf.shape, source.dtype(leaf))
+    for index, block in source.blocks(leaf):
+        whole[index] = block
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
 
 
 def _shard_reader(source: SafetensorsSource, leaf: Leaf, needed: Iterable[Index]) -> Callable[[Index], np.ndarray]:

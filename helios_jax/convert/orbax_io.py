@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
-from helios_jax.convert.rules import Config, Leaf, leaves, param_dtype, unflatten
+from helios_jax.convert.rules import Config, Leaf, leaves, listing, param_dtype, unflatten
 from helios_jax.convert.sources import Index, LeafSource, block_indices, block_shape
 from helios_jax.convert.state_dict import match_leaves
 from helios_jax.errors import UserError
@@ -94,7 +94,8 @@ def save_leaves(folder: str | Path, source: LeafSource) -> None:
     Raises:
       OSError: the disk is full or cannot be written.
     """
-    tree = unflatten([(leaf.path, _PendingLeaf(source, leaf)) for leaf in leaves(source.component, source.config)])
+    tree = unflatten([(leaf.path, _PendingLeaf(source, leaf))
+                      for leaf in leaves(source.component, source.config, source.precision)])
     registry = type_handlers.create_type_handler_registry((_PendingLeaf, _PendingLeafHandler()))
     try:
         with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
@@ -106,24 +107,27 @@ def save_leaves(folder: str | Path, source: LeafSource) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
-def restore_params(folder: str | Path, component: str, config: Config, dtype: Any, sharding_of) -> dict[str, Any]:
+def restore_params(folder: str | Path, component: str, config: Config, dtype: Any, sharding_of,
+                   precision: str = "none") -> dict[str, Any]:
     """Restores a component's parameters.
 
     Args:
       folder: the Orbax checkpoint.
       dtype: the dtype the component will compute in; None keeps the stored dtypes.
       sharding_of: leaf -> the sharding it is restored with.
+      precision: in which its kernels are stored; those that are quantised come as dicts of their two arrays.
 
     Raises:
       UserError: the checkpoint is damaged or of another model.
     """
-    stored = _stored_arrays(folder, component, config)
+    stored = _stored_arrays(folder, component, config, precision)
 
     def abstract_leaf(leaf: Leaf) -> jax.ShapeDtypeStruct:
         kept = stored[leaf.path].dtype if dtype is None else param_dtype(component, leaf.path, dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(kept), sharding=sharding_of(leaf))
+        kept = leaf.part_dtype or jax.dtypes.canonicalize_dtype(kept)
+        return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=sharding_of(leaf))
 
-    abstract = unflatten([(leaf.path, abstract_leaf(leaf)) for leaf in leaves(component, config)])
+    abstract = unflatten([(leaf.path, abstract_leaf(leaf)) for leaf in leaves(component, config, precision)])
     with _reading(folder), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(Path(folder).absolute(), abstract)
 
@@ -134,6 +138,8 @@ class OrbaxSource:
     Raises:
       UserError: the checkpoint is damaged or of another model.
     """
+
+    precision = "none"
 
     def __init__(self, folder: str | Path, component: str, config: Config, dtype: Any = None):
         self.component, self.config = component, config
@@ -158,13 +164,20 @@ class OrbaxSource:
             yield index, restored[index].astype(self.dtype(leaf), copy=False)
 
 
-def _stored_arrays(folder: str | Path, component: str, config: Config) -> dict[tuple[str, ...], Any]:
+def _stored_arrays(folder: str | Path, component: str, config: Config, precision: str = "none"
+                   ) -> dict[tuple[str, ...], Any]:
     """Shape and dtype of every leaf in a checkpoint, checked against the rules."""
     with _reading(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(Path(folder).absolute())
         metadata = getattr(metadata, "item_metadata", metadata)
         tree = getattr(metadata, "tree", metadata)
-        return match_leaves(component, config, tree, where=str(folder))
+        stored = match_leaves(component, config, tree, str(folder), precision)
+    wrong = [f"{leaf.key} is {stored[leaf.path].dtype}, expected {leaf.part_dtype}"
+             for leaf in leaves(component, config, precision)
+             if leaf.part_dtype is not None and stored[leaf.path].dtype != leaf.part_dtype]
+    if wrong:
+        raise UserError(f"{folder}: not stored in the precision {precision}: {listing('of another dtype', wrong)}")
+    return stored
 
 
 @contextlib.contextmanager

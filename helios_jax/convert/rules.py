@@ -27,6 +27,7 @@ import numpy as np
 
 from helios_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from helios_jax.errors import UserError
+from helios_jax.models.quantize import PARTS, format_of
 
 Config = TransformerConfig | VAEConfig | TextEncoderConfig
 Path = tuple[str, ...]
@@ -108,12 +109,16 @@ class TensorRule:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of our tree and the checkpoint tensors that fill it, in the order of its leading axis if stacked."""
+    """One array of our tree and the checkpoint tensors that fill it, in the order of its leading axis if stacked.
+
+    ``part_dtype``: only of the two arrays of a quantised kernel, ``.../kernel/qvalue`` and ``.../kernel/scale``.
+    """
 
     path: Path
     shape: Shape
     tensors: tuple[TensorRule, ...]
     stacked: bool
+    part_dtype: np.dtype | None = None
 
     @property
     def key(self) -> str:
@@ -294,8 +299,13 @@ def tensor_rules(component: str, config: Config) -> tuple[TensorRule, ...]:
 
 
 @functools.lru_cache(maxsize=32)
-def leaves(component: str, config: Config) -> tuple[Leaf, ...]:
-    """The arrays of the component's parameter tree, each with the tensors that fill it."""
+def leaves(component: str, config: Config, precision: str = "none") -> tuple[Leaf, ...]:
+    """The arrays of the component's parameter tree, each with the tensors that fill it.
+
+    Args:
+      precision: 'none', or a mode of ``helios_jax.models.quantize``: in place of each of its kernels then stand the two
+        arrays of the quantised one.
+    """
     groups: dict[Path, list[TensorRule]] = {}
     for rule in tensor_rules(component, config):
         groups.setdefault(rule.path, []).append(rule)
@@ -303,8 +313,21 @@ def leaves(component: str, config: Config) -> tuple[Leaf, ...]:
     for path, tensors in groups.items():
         shape = tensors[0].layout.tree_shape(tensors[0].shape)
         stacked = tensors[0].layer is not None
-        result.append(Leaf(path, (len(tensors), *shape) if stacked else shape, tuple(tensors), stacked))
+        leaf = Leaf(path, (len(tensors), *shape) if stacked else shape, tuple(tensors), stacked)
+        result += _parts(component, leaf, precision)
     return tuple(result)
+
+
+def _parts(component: str, leaf: Leaf, precision: str) -> list[Leaf]:
+    """The leaf itself, or the arrays of the quantised kernel that stands in its place."""
+    format = format_of(component, leaf.path, precision)
+    if format is None:
+        return [leaf]
+    *lead, features_in, features_out = leaf.shape
+    shapes = ((*lead, features_out, features_in), format.scale_shape(leaf.shape))
+    dtypes = (jax.numpy.dtype(format.dtype), np.dtype(np.float32))
+    return [dataclasses.replace(leaf, path=(*leaf.path, part), shape=shape, part_dtype=dtype)
+            for part, shape, dtype in zip(PARTS, shapes, dtypes, strict=True)]
 
 
 def param_dtype(component: str, path: Path, dtype: Any) -> np.dtype:
@@ -327,10 +350,15 @@ def param_dtype(component: str, path: Path, dtype: Any) -> np.dtype:
 _FLOAT32_PARTS = {"time_embedder", "scale_shift_table", "norm2", "history_key_scale"}
 
 
-def abstract_params(component: str, config: Config, dtype: Any = np.float32) -> dict[str, Any]:
-    """The parameter tree as ``jax.ShapeDtypeStruct``s, in the dtypes of :func:`param_dtype`."""
-    return unflatten((leaf.path, jax.ShapeDtypeStruct(leaf.shape, param_dtype(component, leaf.path, dtype)))
-                     for leaf in leaves(component, config))
+def abstract_params(component: str, config: Config, dtype: Any = np.float32, precision: str = "none"
+                    ) -> dict[str, Any]:
+    """The parameter tree as ``jax.ShapeDtypeStruct``s, in the dtypes of :func:`param_dtype`.
+
+    A quantised kernel is a dict of its two arrays (``helios_jax.models.quantize.as_qarrays`` makes it one).
+    """
+    return unflatten((leaf.path, jax.ShapeDtypeStruct(
+        leaf.shape, leaf.part_dtype or param_dtype(component, leaf.path, dtype)))
+        for leaf in leaves(component, config, precision))
 
 
 def unflatten(items: Iterator[tuple[Path, Any]] | list[tuple[Path, Any]]) -> dict[str, Any]:

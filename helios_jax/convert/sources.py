@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from helios_jax.convert.folder import CheckpointFiles
@@ -26,6 +27,7 @@ from helios_jax.convert.rules import (
     TensorRule,
     common_dtype,
     is_float,
+    leaves,
     listing,
     match_names,
     param_dtype,
@@ -35,6 +37,7 @@ from helios_jax.convert.safetensors_io import copy_strips
 from helios_jax.convert.state_dict import match_leaves
 from helios_jax.convert.wan import history_kernel
 from helios_jax.errors import UserError
+from helios_jax.models.quantize import check_precision, format_of, quantise, require_qwix
 
 Index = tuple[slice, ...]
 # Reads and transposes go through buffers of this size.
@@ -50,6 +53,7 @@ class LeafSource(Protocol):
 
     component: str
     config: Config
+    precision: str  # of its kernels: which leaves there are, see :func:`~helios_jax.convert.rules.leaves`
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype of the leaf's blocks."""
@@ -92,6 +96,8 @@ class SafetensorsSource:
     Raises:
       UserError: the files are damaged, or do not hold exactly the component's tensors (all listed).
     """
+
+    precision = "none"
 
     def __init__(self, folder: str | Path, component: str, config: Config, dtype: Any = None, from_wan: bool = False):
         self.component, self.config = component, config
@@ -191,6 +197,8 @@ class TreeSource:
       dtype: cast to the dtypes of a component that computes in it; None keeps each array's dtype.
     """
 
+    precision = "none"
+
     def __init__(self, component: str, config: Config, params: Mapping[str, Any], dtype: Any = None):
         self.component, self.config = component, config
         self._compute_dtype = dtype
@@ -205,3 +213,48 @@ class TreeSource:
         array = self._arrays[leaf.path]
         for index in block_indices(leaf, self.dtype(leaf)):
             yield index, np.asarray(array[index]).astype(self.dtype(leaf), copy=False)
+
+
+class QuantisedSource:
+    """Another source's leaves, with the two arrays of a quantised kernel in place of each kernel.
+
+    One block of a kernel at a time, a layer of its stack, is quantised on the default device.
+
+    Args:
+      source: of plain kernels.
+      precision: a mode of ``helios_jax.models.quantize``.
+
+    Raises:
+      UserError: the precision is unknown, or qwix is not installed.
+    """
+
+    def __init__(self, source: LeafSource, precision: str):
+        check_precision(precision, jax.devices()[0].device_kind)
+        require_qwix()
+        self.component, self.config, self.precision = source.component, source.config, precision
+        self._source = source
+        self._kernels = {leaf.path: leaf for leaf in leaves(source.component, source.config)}
+        # Made beside the numbers, so that no kernel is read twice.
+        self._scales: dict[tuple[str, ...], list[tuple[Index, np.ndarray]]] = {}
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        return leaf.part_dtype or self._source.dtype(leaf)
+
+    def blocks(self, leaf: Leaf) -> Iterator[tuple[Index, np.ndarray]]:
+        if leaf.part_dtype is None:
+            return self._source.blocks(leaf)
+        path, part = leaf.path[:-1], leaf.path[-1]
+        if part == "qvalue":
+            return self._numbers(path)
+        if path not in self._scales:  # asked for side by side with the numbers, or first
+            collections.deque(self._numbers(path), maxlen=0)
+        return iter(self._scales.pop(path))
+
+    def _numbers(self, path: tuple[str, ...]) -> Iterator[tuple[Index, np.ndarray]]:
+        format, scales = format_of(self.component, path, self.precision), []
+        for (layers, *_), block in self._source.blocks(self._kernels[path]):
+            quantised = jax.tree.map(np.asarray, quantise(block, format))
+            index = (layers, slice(None), slice(None))
+            scales.append((index, quantised.scale))
+            yield index, quantised.qvalue
+        self._scales[path] = scales

@@ -21,6 +21,7 @@ from helios_jax.convert.rules import (
     unflatten,
 )
 from helios_jax.errors import UserError
+from helios_jax.models.quantize import is_quantised
 
 
 def params_from_torch_state_dict(component: str, config: Config, state_dict: Mapping[str, Any],
@@ -74,14 +75,24 @@ def params_to_torch_state_dict(component: str, config: Config, params: Mapping[s
     return state_dict
 
 
-def match_leaves(component: str, config: Config, params: Mapping[str, Any], where: str = "params") -> dict[Path, Any]:
+def match_leaves(component: str, config: Config, params: Mapping[str, Any], where: str = "params",
+                 precision: str = "none") -> dict[Path, Any]:
     """The leaves of a parameter tree by path, strictly checked against the rules.
 
+    Args:
+      params: nested dicts; quantised kernels as dicts of their two arrays.
+      where: how the error calls the tree.
+      precision: of the kernels.
+
     Raises:
-      UserError: leaves are missing, unexpected or misshapen (all listed).
+      UserError: leaves are missing, unexpected or misshapen (all listed); or the tree holds quantised kernels, which
+        are made while a model is loaded or converted and never written from memory.
     """
-    expected = {leaf.path: leaf for leaf in leaves(component, config)}
+    expected = {leaf.path: leaf for leaf in leaves(component, config, precision)}
     found = dict(flatten(params))
+    if any(is_quantised(leaf) for leaf in found.values()):
+        raise UserError(f"{where}: quantised parameters of a {component} in memory cannot be written; convert the "
+                        "model with python -m helios_jax.convert --precision")
     problems = [listing(kind, names) for kind, names in (
         ("missing", [leaf.key for path, leaf in expected.items() if path not in found]),
         ("unexpected", ["/".join(path) for path in found if path not in expected]),

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from helios_jax.models.quantize import is_quantised, quantised_product
+
 Array = jax.Array
 Dtype = Any
 
@@ -16,8 +18,9 @@ class Linear(nn.Module):
     """y = x W + b, with an optional low-rank adapter from the ``lora`` collection.
 
     Parameters: ``kernel`` [in, out] with the logical axes ``kernel_axes``, ``bias`` [out]. They are cast to ``dtype``
-    at use. If the ``lora`` collection holds this module's path with ``a`` [in, r] and ``b`` [r, out] (and optionally
-    ``bias`` [out]), y gains (x a) b: scales are folded into ``b``, several adapters stand side by side in r.
+    at use. A quantised kernel (``helios_jax.models.quantize``) may take the plain one's place. If the ``lora``
+    collection holds this module's path with ``a`` [in, r] and ``b`` [r, out] (and optionally ``bias`` [out]), y gains
+    (x a) b: scales are folded into ``b``, several adapters stand side by side in r.
     """
 
     features: int
@@ -29,10 +32,13 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
-                            (x.shape[-1], self.features), self.param_dtype)
+        kernel = self.get_variable("params", "kernel")
+        if not is_quantised(kernel):  # whose shape is another one
+            kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
+                                (x.shape[-1], self.features), self.param_dtype)
         x = x.astype(self.dtype)
-        y = matmul_float32(x, kernel)  # [..., in] -> [..., out]
+        multiply = quantised_product if is_quantised(kernel) else matmul_float32
+        y = multiply(x, kernel)  # [..., in] -> [..., out]
         if self.has_variable("lora", "a"):
             y = y + low_rank(x, self.get_variable("lora", "a"), self.get_variable("lora", "b"))
             if self.has_variable("lora", "bias"):

@@ -14,6 +14,7 @@ from flax.core import meta
 from flax.linen import spmd
 
 from helios_jax.config import TransformerConfig
+from helios_jax.models.quantize import PARTS
 
 PyTree = Any
 Names = tuple[str | None, ...]
@@ -56,7 +57,7 @@ def declared_axes(path: tuple[str, ...], rank: int) -> Names | None:
     """Axis names of a transformer's parameter, or of its low-rank adapter, at the end of a path.
 
     An adapter's ``a`` [..., in, r] has the names of its kernel up to the last, its ``b`` [..., r, out] those of the
-    layer axis and of the kernel's last; the rank is never divided.
+    layer axis and of the kernel's last; the rank is never divided. Both arrays of a quantised kernel lie transposed.
 
     Args:
       path: names from the root of any tree, for example ("lora", "blocks", "attn1", "to_q", "a").
@@ -67,6 +68,8 @@ def declared_axes(path: tuple[str, ...], rank: int) -> Names | None:
     for start in range(len(path)):
         end = path[start:]
         names = table.get(end)
+        if names is None and end[-1] in PARTS and (kernel := table.get(end[:-1])):
+            names = (*kernel[:-2], kernel[-1], kernel[-2])
         if names is None and end[-1] in ("a", "b"):
             kernel = table.get((*end[:-1], "kernel"))
             if kernel is not None:

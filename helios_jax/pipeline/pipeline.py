@@ -23,18 +23,17 @@ from helios_jax import sharding
 from helios_jax import text as text_path
 from helios_jax.convert.folder import ModelFolder, read_model_folder, resolve_model
 from helios_jax.convert.load import load_pipeline_params
-from helios_jax.convert.rules import COMPONENTS, abstract_params, flatten, unflatten
 from helios_jax.diffusion.history import replaces_anchor, update_anchor
 from helios_jax.diffusion.noise import NoiseSource, SeededNoise
 from helios_jax.errors import NOT_FINITE, UserError
-from helios_jax.lora import adapter_tree, merge, read_lora
-from helios_jax.models.streaming import streamed_sharding
+from helios_jax.lora import MERGE_REFUSED, adapter_tree, merge, read_lora
+from helios_jax.models.quantize import check_precision
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import WanVAE, decode_in_steps, denormalize_latents, normalize_latents, posterior_sample
 from helios_jax.pipeline import request as check
 from helios_jax.pipeline.conditioning import Condition, ConditionEncoder
-from helios_jax.pipeline.memory import check_device
+from helios_jax.pipeline.placement import Placement
 from helios_jax.pipeline.prompts import PromptChange, PromptTrack, checked_schedule, rows_needed, with_rows
 from helios_jax.pipeline.request import SamplingOptions
 from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
@@ -112,7 +111,7 @@ class HeliosPipeline:
     @classmethod
     def from_pretrained(cls, model: str | Path, *, dtype: str = "float32", vae_dtype: str = "float32",
                         lora: Sequence[tuple[str | Path, float]] = (), merge_lora: bool = True,
-                        unroll: int | None = None, mesh: MeshConfig | None = None,
+                        unroll: int | None = None, mesh: MeshConfig | None = None, precision: str | None = None,
                         stream_weights: bool = False, compile_for: Mapping[str, Any] | None = None
                         ) -> HeliosPipeline:
         """Loads a checkpoint.
@@ -123,6 +122,8 @@ class HeliosPipeline:
           lora: (file or folder, weight) pairs.
           merge_lora: add the adapters to the weights; False keeps them apart.
           mesh: divide the model over several devices (docs/pods.md); None takes the first one.
+          precision: of the linear layers, 'none' or a mode of docs/low_precision.md, into which they are quantised
+            while the weights are read; None takes the checkpoint as it is, quantised or not.
           stream_weights: keep the weights of transformer and text encoder in the host's memory and copy them to the
             device layer by layer, for devices that the model does not fit. Adapters then stay apart.
           compile_for: arguments of :meth:`compile`: its programs are compiled while the weights are read.
@@ -135,18 +136,21 @@ class HeliosPipeline:
         compute, vae_compute = DTYPES[dtype], DTYPES[vae_dtype]
         folder = read_model_folder(resolve_model(model))
         dtypes = {"transformer": compute, "text_encoder": compute, "vae": vae_compute}
+        precision = folder.precision("transformer") if precision is None else precision
+        check_precision(precision, jax.devices()[0].device_kind)
         partition = None if mesh is None else Partition.create(mesh)
-        if partition is None:
-            check_device(folder, dtypes, stream_weights)
-        elif stream_weights:
+        if partition is not None and stream_weights:
             raise UserError("stream_weights: goes with one device, not with a mesh")
-        else:
+        placement = Placement(folder, dtypes, precision, partition, stream_weights)
+        placement.check_device()
+        if partition is not None:
             partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         # The small files first: a mistake in them shows before gigabytes are read.
         loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
         merge_lora = merge_lora and not stream_weights
-        places = streamed_shardings(folder) if stream_weights else component_shardings(folder, partition)
-        pipeline = cls(folder, _abstract_params(folder, dtypes, places), dtype=compute, vae_dtype=vae_compute,
+        if loaded and merge_lora and precision != "none":
+            raise UserError(MERGE_REFUSED)
+        pipeline = cls(folder, placement.abstract(), dtype=compute, vae_dtype=vae_compute,
                        lora=None if merge_lora or not loaded else adapter_tree(loaded), unroll=unroll,
                        partition=partition, streamed=stream_weights)
         with ThreadPoolExecutor(1) as beside:
@@ -154,7 +158,8 @@ class HeliosPipeline:
             compiled = None
             if compile_for is not None and not stream_weights:
                 compiled = beside.submit(pipeline.compile, **compile_for)
-            _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=places)
+            _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=placement.shardings(),
+                                             precision=precision)
             if loaded and merge_lora:
                 params["transformer"] = merge(params["transformer"], loaded)
             if compiled is not None:
@@ -468,40 +473,6 @@ class VideoStream(Iterator[Chunk]):
                 contexts.append(self._pipeline.context(text_path.concatenate([with_rows(e, rows) for e in parts])))
             self._contexts = (prompts, contexts)
         return self._contexts[1]
-
-
-def _abstract_params(folder: ModelFolder, dtypes: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Params]:
-    """Shapes, dtypes and places of the parameters that :func:`load_pipeline_params` will return."""
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    found = {}
-    for name, dtype in dtypes.items():
-        abstract, place = abstract_params(name, folder.config(name), dtype), places.get(name, default)
-        if isinstance(place, jax.sharding.Sharding):
-            place = jax.tree.map(lambda _, place=place: place, abstract)
-        found[name] = sharding.with_shardings(abstract, place)
-    return found
-
-
-def streamed_shardings(folder: ModelFolder) -> dict[str, Any]:
-    """Where the parameters lie when those of transformer and text encoder are streamed, as the loaders take it."""
-    found = {}
-    for name in COMPONENTS:
-        place = streamed_sharding(name)
-        leaves = flatten(abstract_params(name, folder.config(name)))
-        found[name] = unflatten([(path, place(path, leaf.shape)) for path, leaf in leaves])
-    return found
-
-
-def component_shardings(folder: ModelFolder, partition: Partition | None) -> dict[str, Any]:
-    """Where the parameters of the components lie on a mesh, as the loaders take it; {} without one.
-
-    The VAE is small and whole on every device.
-    """
-    if partition is None:
-        return {}
-    places = {name: sharding.param_shardings(partition, abstract_params(name, folder.config(name)))
-              for name in ("transformer", "text_encoder")}
-    return {**places, "vae": partition.replicated}
 
 
 def _encode_window(vae: WanVAE, params: Params, video: Array, eps: Array) -> Array:

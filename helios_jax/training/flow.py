@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.config import ModelIndex, SchedulerConfig, TransformerConfig
-from helios_jax.convert.folder import read_component_config
+from helios_jax.convert.folder import read_component_config, stored_precision
 from helios_jax.convert.load import load_component
 from helios_jax.convert.rules import abstract_params
 from helios_jax.data.buckets import bucketed_dataset, folder_buckets, latent_folders, most_frequent
@@ -503,6 +503,8 @@ def start_values(init_from: str, field: str, lora: LoraConfig, weights: TrainedW
     require(not folder.is_dir() or dataclasses.replace(read_component_config(folder, "transformer"),
                                                        restrict_self_attn=sizes.restrict_self_attn) == sizes,
             f"{field}: {init_from} holds a transformer of other sizes or options than objective.transformer")
+    require(stored_precision(folder) == "none",
+            f"{field}: {init_from} is quantised ({stored_precision(folder)}); train from the original model")
     dtype = jnp.dtype(lora.base_dtype if lora.rank else "float32")
 
     def load(sharding: Any = None, only: Callable[[tuple[str, ...]], bool] | None = None) -> PyTree:

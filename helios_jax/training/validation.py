@@ -19,7 +19,8 @@ from helios_jax.convert.folder import ModelFolder, read_component_config
 from helios_jax.convert.load import load_component
 from helios_jax.convert.rules import param_dtype
 from helios_jax.data import reader, shapes
-from helios_jax.pipeline.pipeline import HeliosPipeline, component_shardings
+from helios_jax.pipeline.pipeline import HeliosPipeline
+from helios_jax.pipeline.placement import Placement
 from helios_jax.training.weights import TrainedWeights
 
 PyTree = Any
@@ -79,10 +80,11 @@ class Validator:
         self._pipeline: HeliosPipeline | None = None
 
     def _make_pipeline(self, variables: PyTree) -> HeliosPipeline:
-        places = component_shardings(self._folder, self._partition)
-        others = {name: load_component(self._folder.root / name, name, self._folder.config(name), dtype,
-                                       places.get(name))
-                  for name, dtype in (("vae", jnp.float32), ("text_encoder", self._dtype))}
+        dtypes = {"vae": jnp.float32, "text_encoder": self._dtype, "transformer": self._dtype}
+        places = Placement(self._folder, dtypes, partition=self._partition).shardings()
+        others = {name: load_component(self._folder.root / name, name, self._folder.config(name), dtypes[name],
+                                       places[name])
+                  for name in ("vae", "text_encoder")}
         return HeliosPipeline(self._folder, {**others, "transformer": variables["params"]}, dtype=self._dtype,
                               unroll=self._unroll, partition=self._partition)
 
