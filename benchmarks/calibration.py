@@ -23,12 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def rounded(values: np.ndarray, axis: int | None, is_fp8: bool = False) -> np.ndarray:
-    """Values after quantisation with one scale per slice along ``axis`` (None: one for all)."""
-    bound = 448 if is_fp8 else 127.5
+def rounded(values: np.ndarray, axis: int | None, bound: float) -> np.ndarray:
+    """Values after quantisation with one scale per slice along ``axis`` (None: one for all).
+
+    ``bound`` is what the largest becomes: 448 in fp8, 127 in int8 inputs, 127.5 in int8 weights.
+    """
     scale = np.maximum(np.abs(values).max(axis, keepdims=True), 1e-30) / bound
     quotient = values / scale
-    few_bits = quotient.astype(ml_dtypes.float8_e4m3fn) if is_fp8 else np.clip(np.round(quotient), -128, 127)
+    few_bits = quotient.astype(ml_dtypes.float8_e4m3fn) if bound == 448 else np.clip(np.round(quotient), -128, 127)
     return few_bits.astype(np.float64) * scale
 
 
@@ -37,9 +39,10 @@ def errors(x: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     exact = x @ weights
     factors = np.sqrt(np.maximum(np.abs(x).max(0), 1e-9) / np.maximum(np.abs(weights).max(1), 1e-9))
     products = {
-        "token": rounded(x, 1) @ rounded(weights, 0), "tensor": rounded(x, None) @ rounded(weights, 0),
-        "smooth": rounded(x / factors, 1) @ rounded(weights * factors[:, None], 0),
-        "fp8": rounded(x, 1, True) @ rounded(weights, 0, True)}
+        "token": rounded(x, 1, 127) @ rounded(weights, 0, 127.5),
+        "tensor": rounded(x, None, 127) @ rounded(weights, 0, 127.5),
+        "smooth": rounded(x / factors, 1, 127) @ rounded(weights * factors[:, None], 0, 127.5),
+        "fp8": rounded(x, 1, 448) @ rounded(weights, 0, 448)}
     return {name: float(np.linalg.norm(y - exact) / np.linalg.norm(exact)) for name, y in products.items()}
 
 

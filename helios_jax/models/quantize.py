@@ -126,9 +126,14 @@ def quantised_product(x: Array, kernel: QArray) -> Array:
     if kernel.scale.shape[-1] > 1:
         weights = qwix.dequantize(kernel).astype(x.dtype)
         return jax.lax.dot_general(x, weights, inputs_with_inputs, preferred_element_type=jnp.float32)
+    is_integer = jnp.issubdtype(kernel.qvalue.dtype, jnp.integer)
+    # A token's largest value becomes 127. By itself qwix makes it 127.5, which the last bit rounds to either side: the
+    # same video would then differ from one compiled program or mesh to another by whole steps.
+    calibration = f"absmax,{127.5 / 127}" if is_integer else "absmax"
     # In float32, because a bfloat16 quotient has no more digits than an int8 and would be rounded twice.
-    x_few_bits = qwix.quantize(x.astype(jnp.float32), kernel.qtype, channelwise_axes=range(x.ndim - 1))
-    result = jnp.float32 if jnp.issubdtype(kernel.qvalue.dtype, jnp.integer) else x.dtype
+    x_few_bits = qwix.quantize(x.astype(jnp.float32), kernel.qtype, channelwise_axes=range(x.ndim - 1),
+                               calibration_method=calibration)
+    result = jnp.float32 if is_integer else x.dtype
     return qwix.dot_general(x_few_bits, kernel, inputs_with_inputs, preferred_element_type=result).astype(jnp.float32)
 
 
