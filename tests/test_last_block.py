@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,9 @@ def test_no_program_copies_the_stacked_weights():
                           abstract_params("transformer", config))
     stacked = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params["blocks"]))
     small = normal(0, 2, 9, 2, 2, 3), normal(1, 2, 19, 2, 2, 3)
-    for function, share in ((run, 4), (jax.grad(lambda *x: run(*x).sum()), 2)):
-        memory = jax.jit(function).lower(params, *small).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < stacked / share
+    sampling, training = (jax.jit(function).lower(params, *small).compile()
+                          for function in (run, jax.grad(lambda *x: run(*x).sum())))
+    assert sampling.memory_analysis().temp_size_in_bytes < stacked / 4
+    # What makes a whole stack of the largest kernels: the gradient's zeros, its sum in place, the last block's part.
+    made = set(re.findall(r"= f32\[2[34],(?:64,512|512,64)\]\S* ([\w-]+)\(", training.as_text()))
+    assert made <= {"parameter", "get-tuple-element", "broadcast", "dynamic-update-slice", "fusion", "pad", "add"}
