@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import resource
 import statistics
@@ -65,23 +66,26 @@ def random_folder(heads: int, layers: int, size: tuple[int, int]):
 
 
 def random_params(folder: Any, dtype: Any) -> dict[str, Any]:
-    """Seeded normals on the device, leaf by leaf: scaled by the number of inputs, norms at one."""
+    """Seeded normals on the device, leaf by leaf, scaled by the number of inputs; norms at one, biases at zero."""
     import jax
 
     from helios_jax.convert.rules import abstract_params, flatten, unflatten
 
-    def leaf(path: tuple[str, ...], shape: Any, key: Any) -> Any:
-        if path[-1] in ("weight", "gamma") or len(shape.shape) < 2:
-            return jax.numpy.full(shape.shape, 0.0 if path[-1] == "bias" else 1.0, shape.dtype)
-        scale = shape.shape[-2] ** -0.5
-        return jax.jit(lambda key: (scale * jax.random.normal(key, shape.shape)).astype(shape.dtype))(key)
+    constants = {"bias": 0.0, "weight": 1.0, "gamma": 1.0}
+
+    def leaf(component: str, path: tuple[str, ...], like: Any, key: Any) -> Any:
+        if path[-1] in constants:
+            return jax.numpy.full(like.shape, constants[path[-1]], like.dtype)
+        # A stack's first axis is its layers; a convolution of the VAE sees its whole window.
+        inputs = math.prod(like.shape[:-1]) if component == "vae" else like.shape[-2]
+        return jax.jit(lambda key: (inputs**-0.5 * jax.random.normal(key, like.shape)).astype(like.dtype))(key)
 
     found = {}
     for i, name in enumerate(("transformer", "vae", "text_encoder")):
         leaves = list(flatten(abstract_params(name, folder.config(name), dtype)))
         keys = jax.random.split(jax.random.key(i), len(leaves))
-        found[name] = unflatten([(path, jax.device_put(leaf(path, shape, key), jax.local_devices()[0]))
-                                 for (path, shape), key in zip(leaves, keys, strict=True)])
+        found[name] = unflatten([(path, jax.device_put(leaf(name, path, like, key), jax.local_devices()[0]))
+                                 for (path, like), key in zip(leaves, keys, strict=True)])
     return found
 
 
