@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     negative, frames_dtype = given.get("negative_prompt", ""), "uint8"
     ahead = {"prompts": [prompts[0], *(change.prompt for change in schedule)], "negative_prompt": negative,
              "frames_dtype": frames_dtype, "options": run}
-    if not given.get("quiet", False):
+    if sys.stderr.isatty() and not given.get("quiet", False):  # elsewhere a mistake is to cost one line
         print("reading the weights, compiling the programs", file=sys.stderr, flush=True)
     pipeline = HeliosPipeline.from_pretrained(
         folder.root, dtype=dtype, vae_dtype=given.get("vae_dtype", dtype), lora=lora,
