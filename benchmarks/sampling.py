@@ -4,11 +4,12 @@
     python benchmarks/sampling.py --layers 2 --heads 2 --size 64x64            # the same at any size, for a CPU
     python benchmarks/sampling.py --model assets/helios-tiny --size 64x128     # a checkpoint (its Distilled form)
 
-For each dtype, and for the schedules [1,1,1] and [2,2,2] with an amplified first chunk: seconds of the first chunk cold
-(with compilation) and warm, frames per second of the stream (frames on the host as bytes), the parts measured alone
-(text, transformer, VAE, copy of the frames), operations of a chunk, the rate reached and the time that the device's
-peak would allow, memory of device and host. Where PyTorch is installed, diffusers makes the same video with the same
-sizes, eager and with torch.compile. JSON holds all of it and the machine; --plot draws it (needs matplotlib).
+For each dtype and precision (docs/low_precision.md), and for the schedules [1,1,1] and [2,2,2] with an amplified first
+chunk: seconds of the first chunk cold (with compilation) and warm, frames per second of the stream (frames on the host
+as bytes), the parts measured alone (text, transformer, VAE, copy of the frames), operations of a chunk, the rate
+reached and the time that the device's peak would allow, memory of device and host. Where PyTorch is installed,
+diffusers makes the same video with the same sizes, eager and with torch.compile. JSON holds all of it and the machine;
+--plot draws it (needs matplotlib).
 """
 
 from __future__ import annotations
@@ -65,11 +66,12 @@ def random_folder(heads: int, layers: int, size: tuple[int, int]):
                        transformer, vae, text, SchedulerConfig("HeliosDMDScheduler", use_dynamic_shifting=True))
 
 
-def random_params(folder: Any, dtype: Any) -> dict[str, Any]:
+def random_params(folder: Any, dtype: Any, precision: str) -> dict[str, Any]:
     """Seeded normals on the device, leaf by leaf, scaled by the number of inputs; norms at one, biases at zero."""
     import jax
 
     from helios_jax.convert.rules import abstract_params, flatten, unflatten
+    from helios_jax.models.quantize import format_of, quantise
 
     constants = {"bias": 0.0, "weight": 1.0, "gamma": 1.0}
 
@@ -78,7 +80,16 @@ def random_params(folder: Any, dtype: Any) -> dict[str, Any]:
             return jax.numpy.full(like.shape, constants[path[-1]], like.dtype)
         # A stack's first axis is its layers; a convolution of the VAE sees its whole window.
         inputs = math.prod(like.shape[:-1]) if component == "vae" else like.shape[-2]
-        return jax.jit(lambda key: (inputs**-0.5 * jax.random.normal(key, like.shape)).astype(like.dtype))(key)
+
+        def normal(key: Any, shape: tuple[int, ...]) -> Any:
+            return (inputs**-0.5 * jax.random.normal(key, shape)).astype(like.dtype)
+
+        form = format_of(component, path, precision)
+        if form is None:
+            return jax.jit(normal, static_argnums=1)(key, like.shape)
+        # A layer at a time, so that the plain stack is never there.
+        return jax.jit(lambda keys: jax.lax.map(lambda key: quantise(normal(key, like.shape[1:]), form), keys))(
+            jax.random.split(key, like.shape[0]))
 
     found = {}
     for i, name in enumerate(("transformer", "vae", "text_encoder")):
@@ -92,7 +103,7 @@ def random_params(folder: Any, dtype: Any) -> dict[str, Any]:
 # -- ours -------------------------------------------------------------------------------------------------------------
 
 
-def build(arguments: argparse.Namespace, folder: Any, dtype: str) -> tuple[Any, Any]:
+def build(folder: Any, dtype: str, precision: str) -> tuple[Any, Any]:
     """A pipeline and the prompt that it is given."""
     import jax
     import jax.numpy as jnp
@@ -101,9 +112,9 @@ def build(arguments: argparse.Namespace, folder: Any, dtype: str) -> tuple[Any, 
     from helios_jax.text import PromptEmbedding
 
     if isinstance(folder, Path):
-        return HeliosPipeline.from_pretrained(folder, dtype=dtype, vae_dtype=dtype), PROMPT
+        return HeliosPipeline.from_pretrained(folder, dtype=dtype, vae_dtype=dtype, precision=precision), PROMPT
     compute = DTYPES[dtype]
-    pipe = HeliosPipeline(folder, random_params(folder, compute), dtype=compute, vae_dtype=compute)
+    pipe = HeliosPipeline(folder, random_params(folder, compute, precision), dtype=compute, vae_dtype=compute)
     rows = jax.random.normal(jax.random.key(9), (1, TEXT_ROWS, folder.transformer.text_dim), compute)
     return pipe, PromptEmbedding(jax.device_put(rows, jax.local_devices()[0]), jnp.full(1, TEXT_ROWS, jnp.int32))
 
@@ -260,7 +271,7 @@ def measure_theirs(folder: Any, schedule: dict[str, Any], size: tuple[int, int],
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    line = (f"{row['side']:<24} {row['dtype']:<9} {row['schedule']:<18} {row['frames_per_second']:8.2f} frames/s   "
+    line = (f"{row['side']:<24} {row['numbers']:<21} {row['schedule']:<18} {row['frames_per_second']:8.2f} frames/s   "
             f"first chunk {row['first_chunk_cold_s']:7.2f} s cold {row['first_chunk_warm_s']:7.2f} s warm")
     if "parts_s" in row:
         shares = "  ".join(f"{name} {value * 1e3:.1f} ms" for name, value in row["parts_s"].items())
@@ -277,7 +288,7 @@ def plot(rows: list[dict[str, Any]], file: str) -> None:
     """Bars of frames per second."""
     import matplotlib.pyplot as plt
 
-    labels = [f"{row['side']}\n{row['dtype']} {row['schedule']}" for row in rows]
+    labels = [f"{row['side']}\n{row['numbers']} {row['schedule']}" for row in rows]
     figure, axes = plt.subplots(figsize=(8, 1 + 0.5 * len(rows)), layout="constrained")
     bars = axes.barh(labels[::-1], [row["frames_per_second"] for row in rows][::-1])
     axes.bar_label(bars, fmt="%.2f", padding=3)
@@ -296,6 +307,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--repeats", type=int, default=5, help="of each part measured alone")
     p.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"),
                    help="default: float32 on a CPU, else bfloat16")
+    p.add_argument("--precision", nargs="+", choices=("none", "fp8", "int8", "int8_weights", "int4_weights"),
+                   default=["none"], help="of the linear layers")
     p.add_argument("--peer", nargs="*", choices=("eager", "compiled"), default=["eager", "compiled"],
                    help="how diffusers runs, where it is installed; nothing for not at all")
     p.add_argument("--json", metavar="FILE")
@@ -314,8 +327,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     dtypes = arguments.dtype or ["float32" if jax.default_backend() == "cpu" else "bfloat16"]
     rows: list[dict[str, Any]] = []
 
-    def add(side: str, dtype: str, schedule: str, row: dict[str, Any]) -> None:
-        rows.append({"side": side, "dtype": dtype, "schedule": schedule, **row})
+    def add(side: str, numbers: str, schedule: str, row: dict[str, Any]) -> None:
+        rows.append({"side": side, "numbers": numbers, "schedule": schedule, **row})
         print(describe_row(rows[-1]), flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -324,12 +337,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         else:
             folder = random_folder(arguments.heads, arguments.layers, size)
         for dtype in dtypes:
-            pipe, prompt = build(arguments, folder, dtype)
-            for name, schedule in SCHEDULES.items():
-                add("helios_jax", dtype, name, measure(pipe, prompt, schedule, size, arguments.chunks,
-                                                       arguments.repeats))
-            del pipe, prompt  # its memory is needed
-            jax.clear_caches()
+            for precision in arguments.precision:
+                pipe, prompt = build(folder, dtype, precision)
+                numbers = dtype if precision == "none" else f"{dtype} {precision}"
+                for name, schedule in SCHEDULES.items():
+                    add("helios_jax", numbers, name, measure(pipe, prompt, schedule, size, arguments.chunks,
+                                                             arguments.repeats))
+                del pipe, prompt  # its memory is needed
+                jax.clear_caches()
             has_peer = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
             for way in arguments.peer if has_peer else ():
                 for name, schedule in SCHEDULES.items():

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from benchmarks import sampling, startup
+from helios_jax.pipeline.placement import Placement
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 SMALL = ["--layers", "1", "--heads", "1", "--size", "64x64", "--chunks", "3", "--repeats", "1"]
@@ -45,8 +46,13 @@ def test_diffusers_makes_the_same_video_in_the_same_run():
         assert [row["side"] for row in rows] == ["helios_jax"] * 2 + ["diffusers, eager"] * 2
 
 
-def test_random_weights_of_every_component_are_finite_and_have_the_size_of_its_rules():
+@pytest.mark.parametrize("precision", ["none", "int8"])
+def test_random_weights_are_finite_and_of_the_shapes_and_dtypes_that_loading_gives(precision):
     folder = sampling.random_folder(heads=1, layers=1, size=(64, 64))
-    params = sampling.random_params(folder, jax.numpy.float32)
-    for leaf in jax.tree.leaves(params):
-        assert jax.numpy.isfinite(leaf).all() and leaf.committed
+    params = sampling.random_params(folder, jax.numpy.float32, precision)
+    dtypes = dict.fromkeys(params, jax.numpy.float32)
+    wanted = Placement(folder, dtypes, precision).abstract()
+    assert jax.tree.structure(params) == jax.tree.structure(wanted)
+    for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+        assert jax.numpy.isfinite(leaf.astype(jax.numpy.float32)).all() and leaf.committed
