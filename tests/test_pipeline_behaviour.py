@@ -219,7 +219,7 @@ def test_a_chunk_too_large_to_decode_whole_is_decoded_in_steps_to_the_same_frame
     params, vae = load_component(folder, "vae", config, dtype=jnp.float32), WanVAE(config)
     latents = jax.random.normal(jax.random.key(0), (1, 9, 8, 8, config.z_dim))
     whole = jax.jit(lambda z: pipeline_module.decode_chunk(vae, params, z))(latents)
-    monkeypatch.setattr(pipeline_module, "WHOLE_DECODE_BYTES", 0)
+    monkeypatch.setattr(pipeline_module, "WHOLE_CHUNK_BYTES", 0)
     in_steps = jax.jit(lambda z: pipeline_module.decode_chunk(vae, params, z))(latents)
     assert in_steps.shape == whole.shape == (1, 33, 64, 64, 3)
     assert np.abs(in_steps - whole).max() < 1e-5
