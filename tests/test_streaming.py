@@ -13,7 +13,7 @@ import sample
 from helios_jax.convert.folder import read_model_folder
 from helios_jax.errors import UserError
 from helios_jax.models import streaming
-from helios_jax.models.streaming import scan_layers
+from helios_jax.models.streaming import scan_layers, split_layers
 from helios_jax.pipeline.pipeline import HeliosPipeline
 from helios_jax.pipeline.placement import Placement
 from helios_jax.sharding import MeshConfig
@@ -51,10 +51,10 @@ def test_small_weights_stay_on_the_device(checkpoint):
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(blocks)} == {"device"}
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("form", ["stacked", "streamed", "apart"])
 @pytest.mark.parametrize("with_last", [False, True])
 @pytest.mark.parametrize(("layers", "unroll"), [(1, 1), (2, 5), (5, 1), (5, 2)])
-def test_the_loop_is_a_loop_in_python(streamed, with_last, layers, unroll):
+def test_the_loop_is_a_loop_in_python(form, with_last, layers, unroll):
     weights = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(layers, 3, 3)).astype(np.float32))}
     others = jnp.arange(layers, dtype=jnp.float32)
 
@@ -72,8 +72,9 @@ def test_the_loop_is_a_loop_in_python(streamed, with_last, layers, unroll):
         else:
             x, total = body(x, {"w": weights["w"][i]}, others[i])
             sums.append(total)
+    weights = split_layers(weights) if form == "apart" else weights
     got, outs = jax.jit(lambda w: scan_layers(body, jnp.ones((2, 3)), w, others, last=last if with_last else None,
-                                              unroll=unroll, streamed=streamed))(weights)
+                                              unroll=unroll, streamed=form == "streamed"))(weights)
     np.testing.assert_allclose(got, x, rtol=1e-6)
     assert (outs is None) == (not sums)
     np.testing.assert_allclose([] if outs is None else outs, sums, rtol=1e-6)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 Body = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -38,7 +39,9 @@ def scan_layers(body: Body, carry: PyTree, weights: PyTree, others: PyTree = Non
     Args:
       body: one layer.
       carry: what it changes.
-      weights, others: trees of arrays [L, ...].
+      weights: a tree of arrays [L, ...], or a tuple with the tree of each layer (:func:`split_layers`), over which no
+        loop is compiled: where a part of a stack is copied before it is multiplied, on a CPU, that saves the copy.
+      others: a tree of arrays [L, ...].
       last: what the last layer does in place of ``body``; its ``out`` is not returned. For computations without
         gradients: layers are then taken from the stacks by their index, because a loop over a part of a stack would
         copy it, and the gradient of an index is a sum over whole stacks.
@@ -46,6 +49,13 @@ def scan_layers(body: Body, carry: PyTree, weights: PyTree, others: PyTree = Non
       streamed: the weights lie in the host's memory.
     Returns: the last carry, and the outs stacked.
     """
+    if isinstance(weights, tuple):
+        outs = []
+        for i, own in enumerate(weights):
+            is_last = last is not None and i == len(weights) - 1
+            carry, out = (last if is_last else body)(carry, own, jax.tree.map(lambda leaf, i=i: leaf[i], others))
+            outs += [] if is_last else [out]
+        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outs) if outs else None
     if last is None and not streamed:
         return jax.lax.scan(lambda carry, layer: body(carry, *layer), carry, (weights, others), unroll=unroll)
     layers = jax.tree.leaves(weights)[0].shape[0]
@@ -67,6 +77,18 @@ def scan_layers(body: Body, carry: PyTree, weights: PyTree, others: PyTree = Non
     if last is not None:
         carry, _ = last(carry, present if streamed else layer(weights, layers - 1), layer(others, layers - 1))
     return carry, outs
+
+
+def split_layers(stacked: PyTree) -> tuple[PyTree, ...]:
+    """The tree of every layer, from arrays [L, ...] in the host's reach or from their ``jax.ShapeDtypeStruct``."""
+
+    def parts(leaf: Any) -> list[Any]:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=leaf.sharding)] * leaf.shape[0]
+        return [jax.device_put(part, leaf.sharding) for part in np.asarray(leaf)]
+
+    leaves, structure = jax.tree.flatten(stacked)
+    return tuple(structure.unflatten(layer) for layer in zip(*map(parts, leaves), strict=True))
 
 
 def is_streamed(component: str, path: tuple[str, ...], shape: tuple[int, ...]) -> bool:

@@ -28,6 +28,7 @@ from helios_jax.diffusion.noise import NoiseSource, SeededNoise
 from helios_jax.errors import NOT_FINITE, UserError
 from helios_jax.lora import MERGE_REFUSED, adapter_tree, merge, read_lora
 from helios_jax.models.quantize import check_precision
+from helios_jax.models.streaming import split_layers
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import (
@@ -99,6 +100,8 @@ class HeliosPipeline:
         self.vae = WanVAE(folder.vae, vae_dtype, "taps" if on_cpu else "3d")
         self.text_encoder = UMT5Encoder(folder.text_encoder, dtype, streamed=streamed)
         self._partition = partition
+        # A CPU copies a layer's weights out of their stack before it multiplies by them.
+        self._layers_apart = on_cpu and unroll == 0 and partition is None and not streamed
         self.variables = {}
         self._bind(params)
         if lora:
@@ -114,7 +117,10 @@ class HeliosPipeline:
 
     def _bind(self, params: Mapping[str, Params]) -> None:
         self.params = dict(params)
-        self.variables["params"] = params["transformer"]
+        if self._layers_apart:
+            transformer = params["transformer"]
+            self.params["transformer"] = {**transformer, "blocks": split_layers(transformer["blocks"])}
+        self.variables["params"] = self.params["transformer"]
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, dtype: str = "float32", vae_dtype: str = "float32",
