@@ -77,12 +77,16 @@ def run(models, loaded, monkeypatch, capfd, tmp_path):
     return call
 
 
+# Ctrl-C reaches it even where the shell that runs the tests has switched it off, as for commands in the background.
+WITH_CTRL_C = ("import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+               "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
 def command(*arguments, **options):
-    """The real command line; Ctrl-C reaches it even where the shell that runs the tests has switched it off."""
+    """The real command line."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], text=True, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+    return subprocess.Popen([sys.executable, "-c", WITH_CTRL_C, str(ROOT / "sample.py"), *map(str, arguments)],
+                            text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def details(path: Path) -> tuple[int, float, str, int, int]:

@@ -138,6 +138,9 @@ class SafetensorsSource:
         bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)]
         out = np.empty([stop - start for start, stop in bounds], self.dtype(leaf))
         if leaf.stacked:
+            if len(out) == 1:  # a thread's memory would stay with it
+                self._read_tensor(leaf.tensors[bounds[0][0]], bounds[1:], out[0])
+                return out
             with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
                 done = pool.map(lambda tensor, row: self._read_tensor(tensor, bounds[1:], row),
                                 leaf.tensors[slice(*bounds[0])], out)

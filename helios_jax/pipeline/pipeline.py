@@ -117,8 +117,8 @@ class HeliosPipeline:
 
     def _bind(self, params: Mapping[str, Params]) -> None:
         self.params = dict(params)
-        if self._layers_apart:
-            transformer = params["transformer"]
+        transformer = params["transformer"]
+        if self._layers_apart and not isinstance(transformer["blocks"], tuple):
             self.params["transformer"] = {**transformer, "blocks": split_layers(transformer["blocks"])}
         self.variables["params"] = self.params["transformer"]
 
