@@ -85,7 +85,7 @@ def split_layers(stacked: PyTree) -> tuple[PyTree, ...]:
     def parts(leaf: Any) -> list[Any]:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=leaf.sharding)] * leaf.shape[0]
-        return [jax.device_put(part, leaf.sharding) for part in np.asarray(leaf)]
+        return [jax.device_put(part, getattr(leaf, "sharding", None)) for part in np.asarray(leaf)]
 
     leaves, structure = jax.tree.flatten(stacked)
     return tuple(structure.unflatten(layer) for layer in zip(*map(parts, leaves), strict=True))
