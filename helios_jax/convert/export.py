@@ -30,7 +30,7 @@ from helios_jax.convert.safetensors_io import SafetensorsWriter
 from helios_jax.convert.sources import LeafSource, QuantisedSource, SafetensorsSource, TreeSource
 from helios_jax.convert.wan import transformer_config_from_wan
 from helios_jax.errors import UserError
-from helios_jax.models.quantize import STACKS
+from helios_jax.models.streaming import STACKS
 
 FORMATS = ("orbax", "diffusers")
 # The shard size of diffusers' save_pretrained.

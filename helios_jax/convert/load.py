@@ -24,7 +24,8 @@ from helios_jax.convert.rules import COMPONENTS, Config, Leaf, flatten, leaves, 
 from helios_jax.convert.sources import Index, LeafSource, QuantisedSource, SafetensorsSource
 from helios_jax.convert.wan import transformer_config_from_wan
 from helios_jax.errors import UserError
-from helios_jax.models.quantize import STACKS, as_qarrays
+from helios_jax.models.quantize import as_qarrays
+from helios_jax.models.streaming import STACKS
 
 Sharding = jax.sharding.Sharding
 # One sharding for everything, a tree like the parameters, or a function of a leaf's path and shape.

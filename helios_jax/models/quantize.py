@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from helios_jax.errors import UserError
+from helios_jax.models.streaming import STACKS
 
 Array = jax.Array
 QArray = Any  # qwix.QArray, which this module must not need to be imported
@@ -70,15 +71,15 @@ PRECISIONS: dict[str, dict[str, Format]] = {
     "int8_weights": {"transformer": _INT8_WEIGHTS, "text_encoder": _INT8_WEIGHTS},
     "int4_weights": {"transformer": _INT4_WEIGHTS, "text_encoder": _INT8_WEIGHTS},
 }
-# Of each component the stack whose kernels are quantised. Everything else stays as it is: patch embeddings, the
+# Quantised are the kernels of the components' stacks of layers. Everything else stays as it is: patch embeddings, the
 # condition embedder (time_embedder, time_proj, text projection), proj_out and the token table; and in the stacks what
 # is no kernel: biases, norms, scale_shift_table, history_key_scale, relative biases.
-STACKS = {"transformer": "blocks", "text_encoder": "encoder"}
 
 
 def format_of(component: str, path: Path, precision: str) -> Format | None:
     """The format of one parameter; None where it stays as it is."""
-    is_kernel = path[0] == STACKS.get(component) and path[-1] == "kernel"
+    stack = STACKS.get(component)
+    is_kernel = stack is not None and path[: len(stack)] == stack and path[-1] == "kernel"
     return PRECISIONS[precision].get(component) if is_kernel else None
 
 

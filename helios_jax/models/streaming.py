@@ -102,9 +102,17 @@ def is_streamed(component: str, path: tuple[str, ...], shape: tuple[int, ...]) -
     return within(TABLES.get(component)) and math.prod(shape) >= SMALL_WEIGHT
 
 
-def streamed_sharding(component: str) -> Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]:
-    """Where a component's parameters lie when they are streamed: a function of a leaf's path and shape."""
-    device = jax.local_devices()[0]
-    there = jax.sharding.SingleDeviceSharding(device)
-    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-    return lambda path, shape: host if is_streamed(component, path, shape) else there
+def streamed_places(component: str, shapes: PyTree, places: PyTree) -> PyTree:
+    """The places of a component's parameters with the host's memory where they can be streamed.
+
+    Args:
+      component: 'transformer', 'text_encoder' or 'vae'.
+      shapes: nested dicts of arrays or ``jax.ShapeDtypeStruct``.
+      places: their shardings on the device.
+    """
+
+    def place(path: tuple, leaf: Any, where: jax.sharding.Sharding) -> jax.sharding.Sharding:
+        names = tuple(entry.key for entry in path)
+        return where.with_memory_kind("pinned_host") if is_streamed(component, names, leaf.shape) else where
+
+    return jax.tree_util.tree_map_with_path(place, shapes, places)

@@ -515,11 +515,11 @@ class HeliosTransformer:
                 text: TextContext | TextRows, cos: Array, sin: Array, history_length: int,
                 history: HistoryContext | None, features: tuple[int, ...]) -> tuple[Array, Array | None]:
         """The only loop over blocks. Returns the current tokens, and those behind the blocks ``features``."""
-        layers = self.config.num_layers
+        layers, current = self.config.num_layers, x.shape[1] - history_length
         kept = slots = None
         if features:  # every layer writes its tokens somewhere; those that nobody wants overwrite each other
             slots = jnp.asarray([features.index(i) if i in features else len(features) for i in range(layers)])
-            kept = jnp.zeros((len(features) + 1, *x[:, history_length:].shape), x.dtype)
+            kept = jnp.zeros((len(features) + 1, *x[:, -current:].shape), x.dtype)
 
         def one_block(carry, params, others, is_last=False):
             x, kept = carry
@@ -533,7 +533,7 @@ class HeliosTransformer:
                 x, front = x[:, front:], 0
             y = self._block.apply(own, x, modulation, layer_text, *tables, front, past)
             if features:
-                kept = jax.lax.dynamic_update_index_in_dim(kept, y[:, front:], slot, 0)
+                kept = jax.lax.dynamic_update_index_in_dim(kept, y[:, -current:], slot, 0)
             return (y, kept), None
 
         last = functools.partial(one_block, is_last=True) if self.for_sampling else None
@@ -543,7 +543,7 @@ class HeliosTransformer:
         keys_values = (text.keys, text.values) if isinstance(text, TextContext) else None
         (x, kept), _ = scan_layers(one_block, (x, kept), blocks, (lora, keys_values, history, slots), last=last,
                                    unroll=self.unroll or layers, streamed=self.streamed)
-        return x if last and history_length else x[:, history_length:], kept[:-1] if features else None
+        return x[:, -current:], kept[:-1] if features else None
 
     # -- pieces -------------------------------------------------------------------------------------------------
 

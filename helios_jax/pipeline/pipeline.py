@@ -83,8 +83,8 @@ class HeliosPipeline:
       lora: adapter tree for the transformer, or None.
       unroll: layers per iteration of the transformer's scan, 0 for all; default: all on a CPU, 1 elsewhere.
       tokenizer: default: that of the folder, read at the first prompt.
-      partition: the mesh on which the parameters lie (see :func:`component_shardings`) and videos are made; None for
-        one device. Of several processes all must ask for the same videos; each gets them whole.
+      partition: the mesh on which the parameters lie (see :mod:`helios_jax.pipeline.placement`) and videos are made;
+        None for one device. Of several processes all must ask for the same videos; each gets them whole.
       streamed: the weights of transformer and text encoder lie in the host's memory (see
         :mod:`helios_jax.models.streaming`).
     """

@@ -12,11 +12,10 @@ from jax.sharding import SingleDeviceSharding
 
 from helios_jax import sharding
 from helios_jax.convert.folder import ModelFolder
-from helios_jax.convert.rules import COMPONENTS, abstract_params, flatten, unflatten
+from helios_jax.convert.rules import COMPONENTS, abstract_params, flatten
 from helios_jax.errors import UserError
-from helios_jax.models.quantize import STACKS as QUANTISED
 from helios_jax.models.quantize import as_qarrays
-from helios_jax.models.streaming import STACKS, is_streamed, streamed_sharding
+from helios_jax.models.streaming import STACKS, is_streamed, streamed_places
 from helios_jax.sharding import Partition
 
 PyTree = Any
@@ -104,16 +103,14 @@ class Placement:
 
     def _shapes(self, component: str) -> PyTree:
         return abstract_params(component, self.folder.config(component), self.dtypes[component],
-                               self.precision if component in QUANTISED else "none")
+                               self.precision if component in STACKS else "none")
 
     def _shardings(self, component: str, shapes: PyTree) -> PyTree:
         if self.partition is not None and component != "vae":
             return sharding.param_shardings(self.partition, shapes)
-        if self.streamed:
-            place = streamed_sharding(component)
-            return unflatten([(path, place(path, leaf.shape)) for path, leaf in flatten(shapes)])
         there = SingleDeviceSharding(jax.local_devices()[0]) if self.partition is None else self.partition.replicated
-        return jax.tree.map(lambda _: there, shapes)
+        places = jax.tree.map(lambda _: there, shapes)
+        return streamed_places(component, shapes, places) if self.streamed else places
 
 
 def _gb(size: int) -> str:

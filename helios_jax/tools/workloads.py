@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from helios_jax import sharding
 from helios_jax.config import VAEConfig
-from helios_jax.convert.rules import abstract_params, flatten, unflatten
+from helios_jax.convert.rules import abstract_params
 from helios_jax.diffusion import guidance
-from helios_jax.models.streaming import is_streamed
+from helios_jax.models.streaming import streamed_places
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.vae import WanVAE
 from helios_jax.pipeline.pipeline import decode_chunk
@@ -132,12 +132,7 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
                       for where in (partition, None))
     params = abstract_params("transformer", config, dtype)
     places = sharding.param_shardings(partition, params)
-    if streamed:
-        shapes = dict(flatten(params))
-        places = unflatten([(path, place.with_memory_kind("pinned_host")
-                             if is_streamed("transformer", path, shapes[path].shape) else place)
-                            for path, place in flatten(places)])
-    params = sharding.with_shardings(params, places)
+    params = sharding.with_shardings(params, streamed_places("transformer", params, places) if streamed else places)
     in_host = [leaf for leaf in jax.tree.leaves(params) if leaf.sharding.memory_kind == "pinned_host"]
     on_chip = [leaf for leaf in jax.tree.leaves(params) if leaf.sharding.memory_kind != "pinned_host"]
 
