@@ -104,7 +104,7 @@ def test_an_adapted_run_keeps_only_what_it_trains_and_exports_the_merged_mid_mod
     config = TransformerConfig(**SHAPE)
     start = load_component(base / "transformer", "transformer", config)
     merged = merge(start, [read_lora(adapted / "export/lora", config)])
-    exported = pipeline.params["transformer"]
+    exported = load_component(adapted / "export/transformer", "transformer", config)
     for name in ("blocks", "condition_embedder", "proj_out", "patch_embedding", "norm_out"):
         jax.tree.map(np.testing.assert_array_equal, merged[name], exported[name])
     assert (exported["patch_short"]["kernel"] != start["patch_short"]["kernel"]).any()
