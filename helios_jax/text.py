@@ -26,7 +26,7 @@ import tokenizers
 
 from helios_jax.config import read_json
 from helios_jax.errors import UserError
-from helios_jax.models.umt5 import UMT5Encoder, encode
+from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.spiece import ends_with, tokenizer_from_spiece
 
 Array = jax.Array
@@ -247,7 +247,7 @@ def blend(a: PromptEmbedding, b: PromptEmbedding, weight: float) -> PromptEmbedd
 @functools.partial(jax.jit, static_argnames="encoder")
 def _encode_ids(params: Mapping[str, Any], ids: Array, mask: Array, *, encoder: UMT5Encoder) -> Array:
     """[B,S] ids and mask to [B,S,D] with exact zeros at padding."""
-    return jnp.where(mask[..., None], encode(encoder, params, ids, mask), 0)
+    return jnp.where(mask[..., None], encoder.apply({"params": params}, ids, mask), 0)
 
 
 def token_ids(tokenizer: TokenEncoder, prompts: Sequence[str], max_tokens: int = MAX_TOKENS

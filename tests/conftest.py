@@ -31,3 +31,26 @@ def fully_optimized():
         yield
         jax.config.update("jax_disable_most_optimizations", quick)
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny checkpoint of each variant, in the published layout."""
+    from tests.tiny_checkpoint import write_tiny_checkpoint
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {variant: write_tiny_checkpoint(root / variant, variant) for variant in ("base", "mid", "distilled")}
+
+
+@pytest.fixture(scope="module")
+def base(folders):
+    from helios_jax.pipeline.pipeline import HeliosPipeline
+
+    return HeliosPipeline.from_pretrained(folders["base"])
+
+
+@pytest.fixture(scope="module")
+def distilled(folders):
+    from helios_jax.pipeline.pipeline import HeliosPipeline
+
+    return HeliosPipeline.from_pretrained(folders["distilled"])

@@ -23,11 +23,9 @@ from helios_jax.convert.load import load_component
 from helios_jax.diffusion.noise import SeededNoise
 from helios_jax.models.vae import WanVAE
 from helios_jax.pipeline import pipeline as pipeline_module
-from helios_jax.pipeline.pipeline import HeliosPipeline
 from helios_jax.pipeline.prompts import PromptTrack, blend_weight, rows_needed, with_rows
 from helios_jax.text import PromptEmbedding
 from tests.golden import data
-from tests.tiny_checkpoint import write_tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,22 +42,6 @@ def _listen(event: str, _: float, **details) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {variant: write_tiny_checkpoint(root / variant, variant) for variant in ("base", "mid", "distilled")}
-
-
-@pytest.fixture(scope="module")
-def distilled(folders):
-    return HeliosPipeline.from_pretrained(folders["distilled"])
-
-
-@pytest.fixture(scope="module")
-def base(folders):
-    return HeliosPipeline.from_pretrained(folders["base"])
 
 
 def start(pipe, prompt=PROMPTS[0], **options):
@@ -212,17 +194,26 @@ def test_videos_in_one_program_differ_by_rounding_only(base):
         assert np.abs(a.latents - b.latents).max() < 1e-5 * np.ptp(b.latents)  # measured: 5e-7
 
 
-def test_a_chunk_too_large_to_decode_whole_is_decoded_in_steps_to_the_same_frames(monkeypatch):
+def test_a_chunk_too_large_for_the_vae_at_once_is_coded_in_steps_to_the_same_numbers(monkeypatch):
     # The VAE in the box: the tiny checkpoints' norms over four channels meet vectors near zero, where rounding rules.
     folder = ROOT / "assets/helios-tiny/vae"
     config = read_component_config(folder, "vae")
     params, vae = load_component(folder, "vae", config, dtype=jnp.float32), WanVAE(config)
-    latents = jax.random.normal(jax.random.key(0), (1, 9, 8, 8, config.z_dim))
-    whole = jax.jit(lambda z: pipeline_module.decode_chunk(vae, params, z))(latents)
+    keys = jax.random.split(jax.random.key(0), 3)
+    latents, normals = (jax.random.normal(key, (1, 9, 8, 8, config.z_dim)) for key in keys[:2])
+    video = jax.random.uniform(keys[2], (1, 33, 64, 64, 3), minval=-1.0)
+
+    def both_ways():
+        # Anew each time: a compiled program would not see the other limit.
+        return (jax.jit(lambda z: pipeline_module.decode_chunk(vae, params, z))(latents),
+                jax.jit(lambda video: pipeline_module._encode_window(vae, params, video, normals))(video))
+
+    whole = both_ways()
     monkeypatch.setattr(pipeline_module, "WHOLE_CHUNK_BYTES", 0)
-    in_steps = jax.jit(lambda z: pipeline_module.decode_chunk(vae, params, z))(latents)
-    assert in_steps.shape == whole.shape == (1, 33, 64, 64, 3)
-    assert np.abs(in_steps - whole).max() < 1e-5
+    in_steps = both_ways()
+    assert [a.shape for a in in_steps] == [a.shape for a in whole] == [video.shape, latents.shape]
+    for got, want in zip(in_steps, whole, strict=True):
+        assert np.abs(got - want).max() < 1e-5 * np.ptp(want)
 
 
 def test_the_number_of_devices_changes_rounding_only(base, folders, tmp_path):

@@ -205,3 +205,13 @@ def test_three_chunks_equal_a_live_run_of_diffusers(variant, options, task, monk
     assert relative_error(latents, want.numpy()) < 1e-4
     assert video.shape == want_video.shape == (1, 99, 64, 128, 3)
     assert np.abs(video - want_video).max() < 1 / 255
+
+
+def test_asked_for_99_frames_diffusers_returns_97_and_we_99():
+    call = dict(prompt_embeds=torch.from_numpy(data("prompt", 1, 6, 24)), height=64, width=64, num_frames=99,
+                guidance_scale=1.0, pyramid_num_inference_steps_list=[1, 1, 1])
+    theirs = diffusers_pipeline("distilled")
+    theirs.set_progress_bar_config(disable=True)
+    assert theirs(**call, output_type="np").frames.shape == (1, 97, 64, 64, 3)
+    video, _ = run("distilled", steps=1, num_frames=99, amplify_first_chunk=False)
+    assert video.shape == (1, 99, 64, 128, 3)

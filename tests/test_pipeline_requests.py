@@ -16,24 +16,7 @@ from helios_jax.errors import UserError
 from helios_jax.pipeline.pipeline import HeliosPipeline
 from helios_jax.text import PromptEmbedding
 from tests.golden import check, data
-from tests.tiny_checkpoint import CONFIGS, INDEX, SCHEDULER, TEXT_OF_RECORDED_RUNS, tiny_params, write_tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {variant: write_tiny_checkpoint(root / variant, variant) for variant in ("base", "mid", "distilled")}
-
-
-@pytest.fixture(scope="module")
-def distilled(folders):
-    return HeliosPipeline.from_pretrained(folders["distilled"])
-
-
-@pytest.fixture(scope="module")
-def base(folders):
-    return HeliosPipeline.from_pretrained(folders["base"])
-
+from tests.tiny_checkpoint import CONFIGS, INDEX, SCHEDULER, TEXT_OF_RECORDED_RUNS, tiny_params
 
 # --- Recorded runs of the original -----------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ Source: transformers ``UMT5EncoderModel``.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -172,46 +173,23 @@ class FeedForwardLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer as the body of a scan: carry x [B,S,D] float32; mask and buckets are the same for every layer."""
+    """One layer: x [B,S,D] float32 to the same; mask and buckets are those of every layer."""
 
     config: TextEncoderConfig
     dtype: Dtype
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, buckets: Array) -> tuple[Array, None]:
+    def __call__(self, x: Array, mask: Array, buckets: Array) -> Array:
         attended = AttentionLayer(self.config, self.dtype, self.param_dtype, name="layer_0")(x, mask, buckets)
         x = x + attended.astype(jnp.float32)
         fed = FeedForwardLayer(self.config, self.dtype, self.param_dtype, name="layer_1")(x)
-        return x + fed.astype(jnp.float32), None
+        return x + fed.astype(jnp.float32)
 
 
 def _buckets(config: TextEncoderConfig, length: int) -> Array:
     return jnp.asarray(relative_buckets(length, config.relative_attention_num_buckets,
                                         config.relative_attention_max_distance))
-
-
-class Encoder(nn.Module):
-    """The stack of layers and the last norm."""
-
-    config: TextEncoderConfig
-    dtype: Dtype
-    param_dtype: Dtype
-    unroll: int
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        config = self.config
-        buckets = _buckets(config, x.shape[1])
-        # The residual is carried in float32 whatever ``dtype`` is. In float16 the original gets there by promotion
-        # behind its first float32 ``wo``, which leaves nothing for its clamps to do; in bfloat16 it rounds after
-        # every sub-layer, which only loses accuracy.
-        x = x.astype(jnp.float32)
-        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-                         length=config.num_layers, unroll=min(self.unroll, config.num_layers),
-                         metadata_params={nn.PARTITION_NAME: "layers"})
-        x, _ = blocks(config, self.dtype, self.param_dtype, name="block")(x, mask, buckets)
-        return RMSNorm(config.layer_norm_epsilon, self.dtype, self.param_dtype, name="final_layer_norm")(x)
 
 
 class Embedding(nn.Module):
@@ -229,8 +207,9 @@ class Embedding(nn.Module):
         return weight[ids].astype(self.dtype)  # [B,S] -> [B,S,D]
 
 
-class UMT5Encoder(nn.Module):
-    """The encoder half of UMT5.
+@dataclasses.dataclass(frozen=True)
+class UMT5Encoder:
+    """The encoder half of UMT5 as two pure functions: :meth:`init_params` and :meth:`apply`.
 
     Attributes:
       config: sizes.
@@ -238,7 +217,7 @@ class UMT5Encoder(nn.Module):
         the linear maps (attention weights and sums, the gate of the feed-forward) are float32 in any case.
       param_dtype: type of freshly initialised parameters. Loaded parameters may have any float type.
       unroll: layers per step of the scan over layers; ``config.num_layers`` unrolls it, which compiles longer.
-      streamed: for :func:`encode`: the table of tokens and the layers' weights lie in the host's memory.
+      streamed: the table of tokens and the layers' weights lie in the host's memory and visit the device.
 
     Source: transformers ``UMT5EncoderModel`` (eager attention, no dropout).
     """
@@ -249,35 +228,51 @@ class UMT5Encoder(nn.Module):
     unroll: int = 1
     streamed: bool = False
 
-    @nn.compact
-    def __call__(self, ids: Array, mask: Array) -> Array:
+    def apply(self, variables: Mapping[str, Any], ids: Array, mask: Array) -> Array:
         """Encodes token ids.
 
         Args:
+          variables: ``{"params": ...}``.
           ids: int32 [B, S], each in [0, vocab_size); a larger id would silently read the last row.
           mask: bool or integer [B, S], true at real tokens. Rows at other positions are computed but mean nothing;
             every sample needs at least one real token.
         Returns: last hidden state [B, S, D] in ``dtype``.
         """
-        config = self.config
-        x = Embedding(config.vocab_size, config.d_model, self.dtype, self.param_dtype, name="shared")(ids)
-        return Encoder(config, self.dtype, self.param_dtype, self.unroll, name="encoder")(x, mask.astype(bool))
+        params, mask = variables["params"], mask.astype(bool)
+        table, layers = params["shared"], params["encoder"]["block"]
+        x = self._table.apply({"params": to_device(table) if self.streamed else table}, ids)
+        buckets = _buckets(self.config, x.shape[1])
+        # The residual is carried in float32 whatever ``dtype`` is. In float16 the original gets there by promotion
+        # behind its first float32 ``wo``, which leaves nothing for its clamps to do; in bfloat16 it rounds after
+        # every sub-layer, which only loses accuracy.
+        x, _ = scan_layers(lambda x, layer, _: (self._block.apply({"params": layer}, x, mask, buckets), None),
+                           x.astype(jnp.float32), layers, unroll=self.unroll, streamed=self.streamed)
+        return self._norm.apply({"params": params["encoder"]["final_layer_norm"]}, x)
 
-    def init_params(self, key: Array) -> dict:
+    def init_params(self, key: Array) -> dict[str, Any]:
         """Fresh parameters as a plain nested dict, distributed as the original initialises them for training."""
+        config = self.config
         ids = jnp.zeros((1, 2), jnp.int32)
+        x = jnp.zeros((1, 2, config.d_model))
+
+        def fresh(key: Array) -> dict[str, Any]:
+            of_table, of_layers, of_norm = jax.random.split(key, 3)
+            block = jax.vmap(lambda key: self._block.init(key, x, ids == 0, _buckets(config, 2))["params"])(
+                jax.random.split(of_layers, config.num_layers))
+            return unbox({"shared": self._table.init(of_table, ids)["params"],
+                          "encoder": {"block": block, "final_layer_norm": self._norm.init(of_norm, x)["params"]}})
+
         # Compiled, so that the forward pass of the trace is dropped instead of run.
-        return jax.jit(lambda key: unbox(self.init(key, ids, ids == 0)["params"]))(key)
+        return jax.jit(fresh)(key)
 
+    @property
+    def _table(self) -> Embedding:
+        return Embedding(self.config.vocab_size, self.config.d_model, self.dtype, self.param_dtype)
 
-def encode(encoder: UMT5Encoder, params: Mapping[str, Any], ids: Array, mask: Array) -> Array:
-    """``encoder.apply({"params": params}, ids, mask)``, also with weights in the host's memory."""
-    if not encoder.streamed:
-        return encoder.apply({"params": params}, ids, mask)
-    config, types, mask = encoder.config, (encoder.dtype, encoder.param_dtype), mask.astype(bool)
-    x = Embedding(config.vocab_size, config.d_model, *types).apply({"params": to_device(params["shared"])}, ids)
-    buckets = _buckets(config, x.shape[1])
-    x, _ = scan_layers(lambda x, layer, _: Block(config, *types).apply({"params": layer}, x, mask, buckets),
-                       x.astype(jnp.float32), params["encoder"]["block"], unroll=encoder.unroll, streamed=True)
-    norm = RMSNorm(config.layer_norm_epsilon, *types)
-    return norm.apply({"params": params["encoder"]["final_layer_norm"]}, x)
+    @property
+    def _block(self) -> Block:
+        return Block(self.config, self.dtype, self.param_dtype)
+
+    @property
+    def _norm(self) -> RMSNorm:
+        return RMSNorm(self.config.layer_norm_epsilon, self.dtype, self.param_dtype)
