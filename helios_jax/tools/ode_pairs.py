@@ -250,11 +250,14 @@ def main(argv: list[str] | None = None) -> None:
     for field in dataclasses.fields(PairsConfig):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the computation")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     parser.add_argument("--worker", default="0/1", help="i/n: this process is number i of n that work together")
     arguments = parser.parse_args(argv)
     worker, workers = parse_worker(arguments.worker)
     config = PairsConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(PairsConfig)})
     prompts = read_prompts(arguments.prompts)
+    if arguments.limit is not None:
+        prompts = prompts[: checked_count("limit", arguments.limit)]
     pipeline = HeliosPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
     sampler = TrajectorySampler(pipeline, config)
     parts = {name: pipeline.params[name] for name in ("transformer", "text_encoder")}

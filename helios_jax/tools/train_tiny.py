@@ -1,0 +1,117 @@
+"""Makes the models in the box from nothing, one command after another.
+
+    python -m helios_jax.tools.train_tiny                                # everything; goes on where it stopped
+    python -m helios_jax.tools.train_tiny --first stage2 --last gan      # from the Base model in assets/ on
+    python -m helios_jax.tools.train_tiny --list
+
+Run it in the folder of train.py. Data go to data/, runs to runs/, and nothing in assets/ is touched. A step that is
+complete is not repeated (a training resumes from its last checkpoint); its seconds stand in runs/tiny.json. What each
+command does and gave is in docs/model_card.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from helios_jax.data.writing import write_json
+from helios_jax.errors import UserError, command_line
+
+BOX, PARTS, RECORD = Path("assets/helios-tiny"), Path("runs/parts"), Path("runs/tiny.json")
+SHARED = ("vae", "text_encoder", "tokenizer")
+
+
+class Step(NamedTuple):
+    """One command. made_from: the steps whose results become the folder of shared components before it starts."""
+
+    name: str
+    command: tuple[str, ...]
+    made_from: tuple[str, ...] = ()
+
+
+def train(name: str, config: str, *changes: str) -> Step:
+    return Step(name, ("train.py", "--config", f"configs/{config}", "--workdir", f"runs/{name}",
+                       *(f"--config.{change}" for change in changes)))
+
+
+def steps(parts: Path, base: Path) -> list[Step]:
+    """All steps in order; ``parts`` holds VAE, text encoder and tokenizer, ``base`` the finished model of stage 1."""
+    shared = f"objective.model={parts}"
+    data = ("-m", "helios_jax.data.build_latents", "--model", str(parts), "--sections", "4")
+    student = (shared, f"objective.teacher={base}")
+    return [
+        train("vae/images", "tiny_autoencoder.py:images"),
+        train("vae/clips", "tiny_autoencoder.py:clips"),
+        train("text_encoder", "tiny_text_encoder.py"),
+        Step("latents-square", (*data, "--output", "data/latents-square", "--clips", "1536", "--width", "64"),
+             ("vae/clips", "text_encoder")),
+        train("stage1/square", "tiny_stage1.py:square", shared),
+        Step("latents", (*data, "--output", "data/latents", "--clips", "1024")),
+        train("stage1/wide", "tiny_stage1.py:wide", shared),
+        train("stage1/longer", "tiny_stage1.py:wide", shared, "objective.init_from=runs/stage1/wide/export",
+              "objective.task_mix.t2v=0.3", "seed=2", "num_steps=900", "optimizer.learning_rate=1.2e-3"),
+        train("stage2", "tiny_stage2.py", shared, f"objective.init_from={base}"),
+        Step("ode", ("-m", "helios_jax.tools.ode_pairs", "--model", "runs/stage2/export", "--prompts", "data/latents",
+                     "--output", "data/ode", "--shift-from", "previous", "--batch", "8", "--sections", "3", "--steps",
+                     "10", "--limit", "480")),
+        train("stage3_ode", "tiny_stage3_ode.py", shared),
+        train("stage3_dmd", "tiny_stage3_dmd.py", *student),
+        train("stage3_gan", "tiny_stage3_dmd.py:gan", *student),
+    ]
+
+
+def assemble(sources: tuple[str, ...]) -> None:
+    """Copies the shared components of finished runs into one folder."""
+    for source in sources:
+        for name in SHARED:
+            made = Path("runs", source, "export", name)
+            if made.is_dir():
+                shutil.copytree(made, PARTS / name, dirs_exist_ok=True)
+
+
+@command_line
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m helios_jax.tools.train_tiny", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [step.name for step in steps(BOX, BOX)]
+    parser.add_argument("--first", choices=names, default=names[0], metavar="STEP", help="where to begin; what comes "
+                        "before it is taken from assets/helios-tiny and data/")
+    parser.add_argument("--last", choices=names, default=names[-1], metavar="STEP", help="where to end")
+    parser.add_argument("--list", action="store_true", help="print the commands and end")
+    arguments = parser.parse_args(argv)
+    first, last = names.index(arguments.first), names.index(arguments.last)
+    if first > last:
+        raise UserError(f"--last: comes before --first {arguments.first}, got {arguments.last}")
+    if not Path("train.py").is_file() or not Path("configs").is_dir():
+        raise UserError("train_tiny: run it in the folder of train.py and configs/")
+    parts = PARTS if first <= names.index("text_encoder") else BOX
+    base = Path("runs/stage1/longer/export") if first <= names.index("stage1/longer") else BOX
+    chosen = steps(parts, base)[first : last + 1]
+    if arguments.list:
+        print("\n".join(f"python {' '.join(step.command)}" for step in chosen))
+        return 0
+    done = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    for step in chosen:
+        if step.name in done:
+            continue
+        print(f"== {step.name}: python {' '.join(step.command)}", flush=True)
+        assemble(step.made_from)
+        start = time.monotonic()
+        code = subprocess.run([sys.executable, *step.command]).returncode
+        if code:
+            raise UserError(f"{step.name}: ended with exit code {code}; the same command of train_tiny goes on from "
+                            "here")
+        done[step.name] = round(time.monotonic() - start)
+        RECORD.parent.mkdir(exist_ok=True)
+        write_json(RECORD, done)
+    return 0
+
+
+if __name__ == "__main__":
+    main()
