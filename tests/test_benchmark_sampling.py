@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import sampling, startup
+from benchmarks import long_video, sampling, startup
 from helios_jax.pipeline.placement import Placement
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -56,3 +56,14 @@ def test_random_weights_are_finite_and_of_the_shapes_and_dtypes_that_loading_giv
     for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
         assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
         assert jax.numpy.isfinite(leaf.astype(jax.numpy.float32)).all() and leaf.committed
+
+
+def test_a_long_video_is_measured_chunk_by_chunk(tmp_path):
+    model = write_tiny_checkpoint(tmp_path / "model", "distilled")
+    report = long_video.main(["--model", str(model), "--size", "64x64", "--chunks", "14", "--json",
+                              str(tmp_path / "report.json")])
+    rows = json.loads((tmp_path / "report.json").read_text())["chunks"]
+    assert len(rows) == 14 and min(row["seconds"] for row in rows) > 0
+    # No program and no memory is added behind the twelfth chunk: one array of frames is 0.4 MB.
+    before, after = report["compared"]["host_peak"]
+    assert after - before < 2**22
