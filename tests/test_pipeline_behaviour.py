@@ -137,6 +137,18 @@ def test_memory_per_chunk_is_constant(distilled, long_run):
     assert len(set(sizes[1:])) == 1
 
 
+def test_without_the_first_frame_later_chunks_see_zeros_in_its_place(distilled, long_run):
+    stream = start(distilled, keep_first_frame=False)
+    chunks = [next(stream)]
+    assert not stream._condition.anchor.any()
+    chunks += stream
+    same = [ours == theirs for ours, theirs in zip(bits(chunks), bits(long_run), strict=False)]
+    assert same == [True, False, False]
+    image = np.zeros((64, 64, 3), np.float32)
+    assert start(distilled, image=image)._condition.anchor.any()
+    assert not start(distilled, image=image, keep_first_frame=False)._condition.anchor.any()
+
+
 def test_an_interrupted_chunk_can_be_asked_for_again(distilled, long_run, monkeypatch):
     stream = start(distilled)
     next(stream)

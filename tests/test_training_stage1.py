@@ -25,7 +25,7 @@ from helios_jax.training.corruption import (
     frame_segments,
     resize_matrix,
 )
-from helios_jax.training.flow import Randomness, TaskMix, kept_frames, timestep_index
+from helios_jax.training.flow import Randomness, TaskMix, kept_frames, make_context, timestep_index
 from helios_jax.training.stage1 import Config, prepare
 from tests.tiny_training import loss_of
 
@@ -167,6 +167,17 @@ def test_frames_that_hold_nothing_stay_exactly_zero(kept, config):
     assert not out[:, empty].any()
     if kept:
         assert (np.abs(out[:, kept] - frames[kept]).max((1, 2, 3, 4)) > 1e-4).mean() > 0.7
+
+
+def test_without_the_first_frame_its_place_is_zero_and_the_history_is_what_it_was():
+    config = Config(data="unused")
+    item = {"anchor": np.ones((1, 4, 6, 16), np.float32), "history": np.ones((19, 4, 6, 16), np.float32),
+            "text": np.ones((2, 8), np.float32), "text_length": 2}
+    random = draws_of(config, (4, 6, 16))(jax.random.split(jax.random.key(1), 64))
+    kept, left_out = (np.asarray(jax.vmap(lambda r, c=c: make_context(c, LAYOUT, r, item, item).frames)(random))
+                      for c in (config, dataclasses.replace(config, keep_first_frame=False)))
+    assert not left_out[:, 0].any() and kept[:, 0].any((1, 2, 3)).sum() > 20
+    np.testing.assert_array_equal(left_out[:, 1:], kept[:, 1:])
 
 
 def test_random_mode_blurs_a_tenth():

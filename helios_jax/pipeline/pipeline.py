@@ -410,6 +410,8 @@ class VideoStream(Iterator[Chunk]):
             condition = encoder.empty(self._batch, options.height, options.width)
         else:
             condition = (encoder.video if is_video else encoder.image)(source, jnp.asarray(pixels))
+        if not options.keep_first_frame:
+            condition = condition._replace(anchor=jnp.zeros_like(condition.anchor))
         self._condition = condition._replace(history=pipeline.placed(condition.history),
                                              anchor=pipeline.placed(condition.anchor))
 
@@ -467,7 +469,7 @@ class VideoStream(Iterator[Chunk]):
             frames.append(decoded)
         jax.copy_to_host_async((frames, finite))
         new = jnp.concatenate(latents)
-        replace = replaces_anchor(k, has_anchor, self._options.skip_first_chunk)
+        replace = self._options.keep_first_frame and replaces_anchor(k, has_anchor, self._options.skip_first_chunk)
         return _Work(frames, finite, new,
                      Condition(self._layout.append(history, new), update_anchor(anchor, new, replace), has_anchor))
 

@@ -64,6 +64,8 @@ class SamplingOptions:
       use_zero_init, zero_steps: zero init of Mid.
       amplify_first_chunk: twice the steps on the first chunk of Distilled.
       skip_first_chunk: anchor anew on the second chunk.
+      keep_first_frame: later chunks see the first frame (the anchor); without, its place stays zero, which a model has
+        to be trained for. (The original's flag of this name fails when it is off.)
       condition_sigma: range of the noise on image and video conditions, or None for none.
       allow_distilled_guidance: accept a guidance scale above 1 on a distilled model.
       videos_at_once: how many videos of a batch run in one program. With 1 a video's bits do not depend on the others
@@ -82,6 +84,7 @@ class SamplingOptions:
     zero_steps: int = 1
     amplify_first_chunk: bool = True
     skip_first_chunk: bool = False
+    keep_first_frame: bool = True
     condition_sigma: tuple[float, float] | None = CONDITION_SIGMA
     allow_distilled_guidance: bool = False
     videos_at_once: int = 1

@@ -72,6 +72,7 @@ class Settings(NamedTuple):
     num_frames: int | None
     seed_offset: int
     precision: str | None = None
+    keep_first_frame: bool = True
 
 
 def judge(settings: Settings, entries: Sequence[dict[str, Any]]) -> tuple[str, list[Judged]]:
@@ -87,7 +88,7 @@ def judge(settings: Settings, entries: Sequence[dict[str, Any]]) -> tuple[str, l
         filled = [*group, *[group[-1]] * (settings.batch - len(group))]
         videos = pipeline([e["prompt"] for e in filled], seed=[e["seed"] + settings.seed_offset for e in filled],
                           num_frames=settings.num_frames or group[0]["num_frames"], steps=settings.steps,
-                          guidance_scale=settings.guidance)
+                          guidance_scale=settings.guidance, keep_first_frame=settings.keep_first_frame)
         for entry, video in zip(group, videos, strict=False):
             is_long = len(video) >= LONG
             kept = reader.read_long(video).kept(Attributes(**entry["attributes"]), KEPT) if is_long else None
@@ -120,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--steps", metavar="N[,N,N]", help="default: the model's")
     p.add_argument("--guidance", type=float, metavar="G", help="default: the model's")
     p.add_argument("--num_frames", type=int, metavar="N", help="default: what the file says")
+    p.add_argument("--no_first_frame", action="store_true", help="later chunks do not see the first frame, for models "
+                   "trained so (keep_first_frame)")
     p.add_argument("--seed_offset", type=int, default=0, metavar="N", help="added to every seed")
     p.add_argument("--precision", metavar="MODE", help="of the linear layers (docs/low_precision.md); default: the "
                    "model's")
@@ -134,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 
     steps = tuple(int(n) for n in arguments.steps.split(",")) if arguments.steps else None
     settings = Settings(arguments.model, arguments.batch, steps, arguments.guidance, arguments.num_frames,
-                        arguments.seed_offset, arguments.precision)
+                        arguments.seed_offset, arguments.precision, not arguments.no_first_frame)
     start = time.monotonic()
     variant, judged = judge_in_processes(settings, entries, arguments.processes)
     expected = [Attributes(**entry["attributes"]) for entry in entries]
@@ -145,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         "plain_numbers": {k: float(np.median([j.numbers[k] for j in judged if k in j.numbers]))
                           for k in judged[0].numbers},
         "seconds": time.monotonic() - start, "steps": steps, "guidance": arguments.guidance,
-        "precision": arguments.precision,
+        "precision": arguments.precision, "keep_first_frame": settings.keep_first_frame,
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}",
     }
     print(f"right in every attribute: {score.all_fields:.1%} of {score.total}, 95 % interval "

@@ -152,12 +152,15 @@ class FlowConfig(ModelConfig):
       task_mix, corruption: see there.
       timesteps: 'logit_normal', or 'uniform' (the original's weighting_scheme 'none').
       caption_dropout: probability of the empty prompt.
+      keep_first_frame: the first frame of a video stays visible (the anchor); without, its place is always zero, and
+        the model is sampled so, too (``SamplingOptions.keep_first_frame``).
     """
 
     task_mix: TaskMix = TaskMix()
     corruption: CorruptionConfig = CorruptionConfig()
     timesteps: str = "logit_normal"
     caption_dropout: float = 0.1
+    keep_first_frame: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -236,8 +239,10 @@ def make_context(config: FlowConfig, layout: HistoryLayout, random: Randomness, 
     drop = random.caption < config.caption_dropout
     text, length = (jnp.where(drop, empty[name], item[name]) for name in ("text", "text_length"))
     frames = jnp.concatenate([item["anchor"], item["history"]]).astype(jnp.float32)  # [1, ...], [19, ...] -> [20, ...]
-    keep = kept_frames(random.task, config.task_mix, layout)[:, None, None, None]
-    frames = corrupt(jnp.where(keep, frames, 0.0), random.corruption, config.corruption, layout)
+    keep = kept_frames(random.task, config.task_mix, layout)
+    if not config.keep_first_frame:
+        keep = keep.at[0].set(False)
+    frames = corrupt(jnp.where(keep[:, None, None, None], frames, 0.0), random.corruption, config.corruption, layout)
     return Context(frames, text, length)
 
 
@@ -435,7 +440,7 @@ def build(run: RunConfig,
         export = validation.make_export(model_folder, config.export_dtype, weights, loaded_base)
         validator, wanted = validation.Validator(model_folder, config.unroll, config.dtype), config.sample
         sampling = validation.Sampling(wanted.num_frames, wanted.steps, wanted.guidance, wanted.seed,
-                                       wanted.negative_prompt)
+                                       wanted.negative_prompt, getattr(config, "keep_first_frame", True))
 
         def variables(params: PyTree) -> PyTree:
             return weights.variables(params, {"base": loaded_base()})

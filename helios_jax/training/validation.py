@@ -55,13 +55,14 @@ def model_folder(model: str | Path, transformer: TransformerConfig, index: Model
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How validation videos are made: number of frames, solver steps per section and pyramid level, guidance scale,
-    seed of the noise, negative prompt."""
+    seed of the noise, negative prompt, whether later chunks see the first frame."""
 
     num_frames: int
     steps: int
     guidance: float
     seed: int
     negative_prompt: str = ""
+    keep_first_frame: bool = True
 
 
 class Validator:
@@ -98,7 +99,8 @@ class Validator:
         self._pipeline.variables = variables
         seeds = [sampling.seed + i for i in range(len(prompts))]
         video = self._pipeline(prompts, num_frames=sampling.num_frames, steps=sampling.steps,
-                               guidance_scale=sampling.guidance, seed=seeds, negative_prompt=sampling.negative_prompt)
+                               guidance_scale=sampling.guidance, seed=seeds, negative_prompt=sampling.negative_prompt,
+                               keep_first_frame=sampling.keep_first_frame)
         # The transformer's buffers are donated to the next step: nobody may hold on to them.
         self._pipeline.variables = {}
         self._pipeline.params.pop("transformer", None)
