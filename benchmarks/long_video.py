@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import describe  # noqa: E402
 
-CHUNK_FRAMES = 33
 PROMPT = "a red circle moving right on a dark background"
 
 
@@ -33,6 +32,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, float]]:
     import jax
 
     from helios_jax.pipeline.pipeline import HeliosPipeline
+    from helios_jax.pipeline.request import CHUNK_FRAMES
 
     height, width = (int(n) for n in arguments.size.split("x"))
     pipe = HeliosPipeline.from_pretrained(arguments.model, dtype=arguments.dtype, vae_dtype=arguments.dtype)

@@ -8,7 +8,7 @@ tokens of 2x2 for each of a chunk's 9 frames; history is always seen at 8x16. Si
 cannot have three levels.
 
 Hardware: any CPU of two cores with 4 GB of memory, or one GPU or TPU chip.
-Time: 1.2 s per step on two cores of an Intel Xeon, with five noisy versions of each of 8 samples; 28 minutes.
+Time: 1.2 s per step on two cores of an Intel Xeon, with five noisy versions of each of 8 samples.
 Result: runs/stage2/export, a Mid model for sample.py and for diffusers (HeliosPyramidPipeline with CFG-Zero*).
 
 As in configs/tiny_stage1.py all parameters are trained, their average is kept and a tenth of the captions is empty.

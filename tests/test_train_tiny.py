@@ -3,6 +3,7 @@ chain that failed goes on where it stopped."""
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def options(command: tuple[str, ...]) -> dict[str, str]:
     return dict(zip(command[2::2], command[3::2], strict=True))
 
 
-def test_every_training_is_valid_and_starts_from_what_came_before(monkeypatch):
+def test_every_command_is_valid_and_starts_from_what_came_before(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     made = {str(train_tiny.PARTS)}
     for step in train_tiny.steps(train_tiny.PARTS, Path("runs/stage1/longer/export")):
@@ -30,20 +31,31 @@ def test_every_training_is_valid_and_starts_from_what_came_before(monkeypatch):
             made.add(f"{workdir}/export")
         else:
             given = options(step.command)
-            assert given["--model"] in made and given.get("--prompts", "data/latents") in made | {"data/latents"}
+            assert all(given[flag] in made for flag in ("--model", "--prompts") if flag in given)
+            with pytest.raises(SystemExit):
+                importlib.import_module(step.command[1]).main(["--help"])
+            listed = capsys.readouterr().out
+            assert all(f" {flag} " in listed for flag in given), (step.name, listed)
             made.add(given["--output"])
         assert all(f"runs/{source}/export" in made for source in step.made_from)
 
 
 class Interpreter:
-    """In place of subprocess.run: notes commands; the trainings named in ``failing`` end with code 3."""
+    """In place of subprocess.run: notes commands and leaves their results; the training ``failing`` ends with code 3,
+    ``stopped`` with 0 but without a result."""
 
-    def __init__(self, failing: set[str]):
-        self.failing, self.commands = failing, []
+    def __init__(self, failing: str, stopped: str):
+        self.failing, self.stopped, self.commands = failing, stopped, []
 
     def __call__(self, command):
         self.commands.append(command[1:])
-        return subprocess.CompletedProcess(command, 3 if self.failing & set(command) else 0)
+        if self.failing in command:
+            return subprocess.CompletedProcess(command, 3)
+        if self.stopped not in command:
+            result = train_tiny.Step("", tuple(command[1:])).result
+            result.parent.mkdir(parents=True, exist_ok=True)
+            result.touch()
+        return subprocess.CompletedProcess(command, 0)
 
 
 @pytest.fixture
@@ -54,8 +66,8 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(monkeypatch, *arguments: str, failing: str = "") -> tuple[int, list]:
-    interpreter = Interpreter({failing})
+def run(monkeypatch, *arguments: str, failing: str = "", stopped: str = "") -> tuple[int, list]:
+    interpreter = Interpreter(failing, stopped)
     monkeypatch.setattr(train_tiny.subprocess, "run", interpreter)
     with pytest.raises(SystemExit) as ended:
         train_tiny.main(list(arguments))
@@ -65,11 +77,19 @@ def run(monkeypatch, *arguments: str, failing: str = "") -> tuple[int, list]:
 def test_a_chain_that_failed_goes_on_where_it_stopped(project, monkeypatch, capsys):
     code, first = run(monkeypatch, "--first", "stage2", failing="runs/stage3_ode")
     assert code == 2 and "stage3_ode: ended with exit code 3" in capsys.readouterr().err
+    code, stopped = run(monkeypatch, "--first", "stage2", stopped="runs/stage3_ode")
+    assert code == 2 and "without runs/stage3_ode/export" in capsys.readouterr().err and len(stopped) == 1
     assert [command[0] for command in first] == ["train.py", "-m", "train.py"]
     assert "--config.objective.init_from=assets/helios-tiny" in first[0]
     code, second = run(monkeypatch, "--first", "stage2")
     assert code == 0 and [command[4] for command in second] == ["runs/stage3_ode", "runs/stage3_dmd", "runs/stage3_gan"]
     assert run(monkeypatch, "--first", "stage2") == (0, [])
+
+
+def test_what_was_made_from_another_model_is_made_again(project, monkeypatch):
+    assert len(run(monkeypatch, "--first", "stage2")[1]) == 5
+    assert len(run(monkeypatch, "--first", "stage1/longer")[1]) == 6  # stage2 starts from its result now
+    assert run(monkeypatch, "--first", "stage1/longer") == (0, [])
 
 
 def test_shared_components_come_from_the_runs_that_made_them(project, monkeypatch):

@@ -5,8 +5,9 @@
     python -m helios_jax.tools.train_tiny --list
 
 Run it in the folder of train.py. Data go to data/, runs to runs/, and nothing in assets/ is touched. A step that is
-complete is not repeated (a training resumes from its last checkpoint); its seconds stand in runs/tiny.json. What each
-command does and gave is in docs/model_card.md.
+complete is not repeated (a training resumes from its last checkpoint); its command and seconds stand in
+runs/tiny.json. What the models in assets/ were made by is in docs/model_card.md: the same commands from stage2 on, an
+older sequence of stage-1 runs before. The chain has not been run in one piece.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from helios_jax.data.pipeline import DATASET_FILE
 from helios_jax.data.writing import write_json
 from helios_jax.errors import UserError, command_line
 
@@ -33,6 +35,13 @@ class Step(NamedTuple):
     name: str
     command: tuple[str, ...]
     made_from: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> Path:
+        """What is there when the step is complete, and not before."""
+        if "--workdir" in self.command:
+            return Path(self.command[self.command.index("--workdir") + 1], "export")
+        return Path(self.command[self.command.index("--output") + 1], DATASET_FILE)
 
 
 def train(name: str, config: str, *changes: str) -> Step:
@@ -98,16 +107,18 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     done = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     for step in chosen:
-        if step.name in done:
+        if done.get(step.name, {}).get("command") == list(step.command):
             continue
+        # What comes after was made from another result of this step.
+        done = {name: entry for name, entry in done.items() if names.index(name) < names.index(step.name)}
         print(f"== {step.name}: python {' '.join(step.command)}", flush=True)
         assemble(step.made_from)
         start = time.monotonic()
         code = subprocess.run([sys.executable, *step.command]).returncode
-        if code:
-            raise UserError(f"{step.name}: ended with exit code {code}; the same command of train_tiny goes on from "
-                            "here")
-        done[step.name] = round(time.monotonic() - start)
+        if code or not step.result.exists():  # a training that was told to stop ends with 0, too
+            raise UserError(f"{step.name}: ended with exit code {code} and without {step.result}; the same command of "
+                            "train_tiny goes on from here")
+        done[step.name] = {"command": step.command, "seconds": round(time.monotonic() - start)}
         RECORD.parent.mkdir(exist_ok=True)
         write_json(RECORD, done)
     return 0
