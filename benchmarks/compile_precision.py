@@ -1,6 +1,6 @@
 """Compiles the 14B model's feed-forward in every precision for an H100 without one: what its products become.
 
-    python benchmarks/compile_precision.py                          # 11 040 tokens, two stacked layers
+    python benchmarks/compile_precision.py                          # 11 040 tokens, four stacked layers
     python benchmarks/compile_precision.py --modes fp8 int8 --tokens 4560
 
 Needs what benchmarks/compile_gpu.py needs, and qwix. One row per precision: the calls of the matrix library with the
@@ -22,7 +22,7 @@ from pathlib import Path
 from compile_gpu import TARGET, why_not
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-LAYERS = 2
+LAYERS = 4
 
 
 def library_calls(text: str) -> list[str]:

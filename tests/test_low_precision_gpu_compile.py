@@ -12,7 +12,7 @@ import pytest
 from test_kernels_gpu_compile import load_script
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "compile_precision.py"
-TOKENS, DIM, HIDDEN, LAYERS = 11040, 5120, 13824, 2
+TOKENS, DIM, HIDDEN, LAYERS = 11040, 5120, 13824, 4
 
 
 def test_fp8_and_int8_feed_forwards_compile_to_few_bit_products_without_a_copy_of_the_weights(tmp_path):
@@ -30,7 +30,8 @@ def test_fp8_and_int8_feed_forwards_compile_to_few_bit_products_without_a_copy_o
     stack = LAYERS * 2 * DIM * HIDDEN
     for row, result_bytes in ((fp8, 2), (int8, 4)):
         assert row["arguments"] < stack + 2 * TOKENS * DIM + 1e6  # one byte a weight
-        # Of the wide activation the product and its GELU (in float32, before its numbers are made of it). A transposed
-        # stack of one matrix, which the library would ask for if inputs did not lie last, would not fit beside them.
-        activations = TOKENS * HIDDEN * (result_bytes + 4)
-        assert row["temporary"] < activations + 64e6 < activations + LAYERS * DIM * HIDDEN
+        # Of the wide activation the product and its GELU (in float32, before its numbers are made of it), and what the
+        # compiler may cut out of the stacks ahead of its products: one layer's two matrices. A transposed stack of one
+        # matrix, which the library would ask for if inputs did not lie last, would not fit beside them.
+        expected = TOKENS * HIDDEN * (result_bytes + 4) + 2 * DIM * HIDDEN
+        assert row["temporary"] < expected + 64e6 < expected + (LAYERS - 2) * DIM * HIDDEN
