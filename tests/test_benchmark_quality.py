@@ -1,0 +1,96 @@
+"""The table of the models in the box: what is judged and timed, what is not made twice, what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quality
+from helios_jax.tools import evaluate
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+
+class StandIn:
+    """Takes the place of evaluate: notes the command, writes what a run writes."""
+
+    def __init__(self):
+        self.commands: list[list[str]] = []
+        self.code = 0
+
+    def __call__(self, command, **_):
+        flags = command[command.index("-m") + 2 :]
+        self.commands.append(flags)
+        if self.code == 0:
+            given = dict(zip(flags[::2], flags[1::2], strict=True))
+            is_long = "long" in given["--prompts"]
+            report = {"right_in_all": 0.9, "videos": 20 if is_long else 200,
+                      "kept_to_the_end": {"all": 19, "of": 20},
+                      "plain_numbers": dict(motion_px_per_frame=1.5, coherence=0.98, colour_drift=1.0, seam_jump=2)}
+            Path(given["--json"]).write_text(json.dumps(report))
+        return subprocess.CompletedProcess(command, self.code)
+
+
+def main(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        quality.main(list(map(str, arguments)))
+    return ended.value.code
+
+
+@pytest.fixture
+def run(monkeypatch):
+    run = StandIn()
+    monkeypatch.setattr(quality.subprocess, "run", run)
+    monkeypatch.setattr(quality, "measure_time", lambda row, repeats: {
+        "denoising_s": 4.0 if row.steps is None else 0.2, "call_s": 5.0, "machine": {}})
+    return run
+
+
+def test_every_row_is_judged_by_every_seed_and_once_on_the_long_prompts_and_never_twice(run, tmp_path, capsys):
+    command = ["--row", "Base=somewhere", "--row", "Distilled [1,1,1]=elsewhere:1,1,1", "--out", tmp_path / "out"]
+    assert main(*command) == 0
+    given = [dict(zip(flags[::2], flags[1::2], strict=True)) for flags in run.commands]
+    assert [(g["--model"], g.get("--steps"), "long" in g["--prompts"], g["--seed_offset"]) for g in given] == [
+        (model, steps, is_long, seed) for model, steps in (("somewhere", None), ("elsewhere", "1,1,1"))
+        for is_long, seed in ((False, "0"), (False, "1000"), (False, "2000"), (True, "0"))]
+    assert all(Path(g["--prompts"]).is_file() for g in given)
+    base, distilled = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert (base["right"], base["videos"], base["kept_to_the_end"]["all"]) == (540, 600, 19)
+    assert base["wilson_95"][0] < 0.9 < base["wilson_95"][1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].startswith("| Distilled [1,1,1] | 90.0%, 90.0%, 90.0% | 540 of 600") and "| 1/20.0 |" in lines[3]
+    assert {line.count("|") for line in lines} == {12}
+
+    (tmp_path / "out" / "base.seed1.json").unlink()
+    assert main(*command) == 0
+    assert len(run.commands) == 9 and run.commands[-1][-3:-1] == ["1000", "--json"]
+
+
+def test_a_run_that_failed_leaves_no_part_behind(run, tmp_path, capsys):
+    run.code = 3
+    assert main("--row", "Base=somewhere", "--out", tmp_path / "out") != 0
+    assert "Base ended with exit code 3" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.seed*"))
+
+
+@pytest.mark.parametrize("row", ["no folder", "a=b:1,x", "=b"])
+def test_a_row_that_cannot_be_read_is_one_line(row, tmp_path, capsys):
+    assert main("--row", row, "--out", tmp_path / "out") != 0
+    assert f"--row: NAME=FOLDER or NAME=FOLDER:STEPS expected, got {row!r}" in capsys.readouterr().err
+
+
+def test_the_flags_handed_on_exist(run, tmp_path, capsys):
+    assert main("--row", "Base=somewhere:50", "--limit", 3, "--seeds", 1, "--out", tmp_path / "out") == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    listed = capsys.readouterr().out
+    assert all(f" {flag} " in listed for flag in run.commands[0][::2])
+
+
+def test_denoising_is_a_part_of_the_whole_call(tmp_path):
+    model = write_tiny_checkpoint(tmp_path / "model", "distilled")
+    timed = quality.measure_time(quality.Row("any", str(model), "1,1,1"), 1)
+    assert 0 < timed["denoising_s"] < timed["call_s"]
