@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -18,10 +19,19 @@ from jax.experimental import topologies
 
 from helios_jax.errors import UserError
 from helios_jax.sharding import MeshConfig, Partition
-from helios_jax.tools.compile_check import Built, apply_change, load_values, main, needed_memory, remedies, remedy
+from helios_jax.tools.compile_check import (
+    Built,
+    apply_change,
+    load_values,
+    main,
+    needed_memory,
+    remedies,
+    remedy,
+    stand_in_data,
+)
 from helios_jax.tools.compile_check import check as compile_workload
 from helios_jax.tools.roofline import CHIPS, Collective, collectives, count_flops
-from helios_jax.tools.workloads import Workload
+from helios_jax.tools.workloads import Workload, training_workload
 from helios_jax.training.config import run_config
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")
@@ -193,6 +203,27 @@ def test_the_step_is_compiled_for_a_topology(tmp_path):
     assert step["fits"] and 0 < step["used"] < 2**30
     assert step["flops"] == step["flops_without_rematerialisation"] > 0
     assert step["collectives"]["all-reduce"]["sent"] > 0
+
+
+@needs_libtpu
+def test_the_turn_of_one_player_is_compiled_alone(tmp_path):
+    report = tmp_path / "report.json"
+    done = check("--config", "configs/tiny_stage3_dmd.py", "--topology", "v5e:2x2", "--size", "64x128", "--player",
+                 "critic", "--json", str(report),
+                 # What is in the box has other sizes.
+                 changes=(*SMALL, "batch_size=4", "mesh.fsdp=4", "objective.teacher=none", "objective.init_from=none"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    turn, = programs(report)
+    assert turn["name"] == "turn of the critic" and turn["fits"] and turn["flops"] > 0
+
+
+@pytest.mark.parametrize(("config", "player", "message"), [
+    ("tiny_stage3_dmd.py", "teacher", "--player: one of student, critic, got 'teacher'"),
+    ("tiny_stage1.py", "student", "--player: this objective has none, got 'student'")])
+def test_a_player_that_is_not_there_is_one_clear_line(config, player, message):
+    with (stand_in_data(load_values(str(ROOT / "configs" / config), []), (64, 128)) as (values, _),
+          pytest.raises(UserError, match=re.escape(message))):
+        training_workload(run_config(values), jax.devices()[:1], player)
 
 
 @pytest.mark.slow

@@ -292,6 +292,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="changes a value of the configuration, for example mesh.fsdp=64; may be repeated")
     parser.add_argument("--sample", type=int, metavar="VIDEOS",
                         help="compiles the sampling of so many videos at once in place of the training step")
+    parser.add_argument("--player", metavar="NAME",
+                        help="compiles the turn of one player alone, for example critic; all turns are one program")
     parser.add_argument("--stream_weights", action="store_true",
                         help="with --sample: the weights stay in the host's memory; one chip (mesh of 1)")
     parser.add_argument("--size", default="384x640", help="pixels of a video, in training where the data is not there")
@@ -313,6 +315,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--sample: a positive number of videos, got {arguments.sample}")
     if arguments.stream_weights and arguments.sample is None:
         raise UserError("--stream_weights: goes with --sample")
+    if arguments.player is not None and arguments.sample is not None:
+        raise UserError("--player: goes with a training step, not with --sample")
     size = (int(match[1]), int(match[2]))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock file: several checks may run at once
@@ -334,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
             if sampling:
                 return Built(run, *sampling_workloads(run, devices, size, arguments.sample,
                                                       arguments.stream_weights))
-            partition, workload = training_workload(run, devices)
+            partition, workload = training_workload(run, devices, arguments.player)
             return Built(run, partition, [workload])
 
         built = build(())

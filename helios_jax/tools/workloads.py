@@ -60,15 +60,28 @@ def bytes_per_chip(tree: PyTree) -> float:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def training_workload(run: RunConfig, devices: Sequence[Any]) -> tuple[Partition, Workload]:
-    """The trainer's own step, with the run's mesh, batch and optimizer."""
+def training_workload(run: RunConfig, devices: Sequence[Any], player: str | None = None) -> tuple[Partition, Workload]:
+    """The trainer's own step, with the run's mesh, batch and optimizer.
+
+    Args:
+      run: to be trained.
+      devices: of the mesh.
+      player: the one whose turn is compiled alone, with what all of them keep on the chips; None compiles the step.
+
+    Raises:
+      UserError: no such player; what :meth:`~helios_jax.training.program.Program.build` raises.
+    """
     program = Program.build(run, devices)
+    names = [one.name for one in program.objective.players]
+    require(player is None or player in names,
+            f"--player: {'one of ' + ', '.join(names) if names else 'this objective has none'}, got {player!r}")
     batch, state = _abstract_batch(program), program.abstract_state
     arguments = {"parameters": state.params, "average": state.ema, "optimizer": state.optimizer,
                  "frozen": program.abstract_frozen, "batch": batch}
-    return program.partition, Workload("training step", 1,
+    return program.partition, Workload("training step" if player is None else f"turn of the {player}", 1,
                                        {name: bytes_per_chip(tree) for name, tree in arguments.items()},
-                                       lambda: program.lower(batch), lambda: _step_flops(program, batch))
+                                       lambda: program.lower(batch, player),
+                                       lambda: _step_flops(program, batch, player))
 
 
 def _abstract_batch(program: Program) -> PyTree:
@@ -84,9 +97,9 @@ def _abstract_batch(program: Program) -> PyTree:
     return jax.tree.map(leaf, sample)
 
 
-def _step_flops(program: Program, batch: PyTree) -> tuple[float, float]:
+def _step_flops(program: Program, batch: PyTree, player: str | None) -> tuple[float, float]:
     def count(run: RunConfig, objective: Any) -> float:
-        step = make_step(run, objective, program.optimizer, program.trainable)
+        step = make_step(run, objective, program.optimizer, program.trainable, only=player)
         return count_flops(jax.make_jaxpr(step)(program.abstract_state, program.abstract_frozen, batch))
 
     run = program.run

@@ -197,7 +197,8 @@ def _maybe(play: Callable, plays: jax.Array, seat: Seat, *inputs: Any):
 
 
 def make_step(run: RunConfig, objective: Objective, optimizer: Optimizers, trainable: PyTree | None = None,
-              param_shardings: PyTree | None = None) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+              param_shardings: PyTree | None = None, only: str | None = None
+              ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function of one step: ``step(state, frozen, batch) -> (state, metrics)``.
 
     A turn whose loss or gradient is not finite changes nothing but the counters.
@@ -208,9 +209,11 @@ def make_step(run: RunConfig, objective: Objective, optimizer: Optimizers, train
       optimizer: of all its players.
       trainable: tree of bool like the parameters, or None for all.
       param_shardings: where parameters lie, and so their gradients; None on one device.
+      only: name of the one player that shall have its turn, to look at it alone; None lets all play.
     """
     turns = [(player, _make_turn(run, objective, player, rule, trainable, param_shardings))
-             for player, rule in zip(players_of(run, objective), optimizer.rules, strict=True)]
+             for player, rule in zip(players_of(run, objective), optimizer.rules, strict=True)
+             if only in (None, player.name)]
 
     def step(state: TrainState, frozen: PyTree, batch: dict[str, jax.Array]):
         key = jax.random.fold_in(jax.random.key(run.seed), state.step)
@@ -335,11 +338,14 @@ class Program:
             **objective.frozen, "base": objective.base.load(places["base"])}
         return sharding.place(frozen, places)
 
-    def lower(self, batch: PyTree) -> jax.stages.Lowered:
-        """The step, traced for a batch of global arrays or ``jax.ShapeDtypeStruct``; its state is donated."""
+    def lower(self, batch: PyTree, only: str | None = None) -> jax.stages.Lowered:
+        """The step, traced for a batch of global arrays or ``jax.ShapeDtypeStruct``; its state is donated.
+
+        ``only`` is that of :func:`make_step`.
+        """
         places = self.state_shardings
         step = make_step(self.run, self.objective, self.optimizer, self.trainable,
-                         places.params if self.partition.mesh.size > 1 else None)
+                         places.params if self.partition.mesh.size > 1 else None, only)
         with sharding.use(self.partition):
             return jax.jit(step, donate_argnums=0, out_shardings=(places, self.partition.replicated)).lower(
                 self.abstract_state, self.abstract_frozen, batch)
