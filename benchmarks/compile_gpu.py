@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-TARGET = Path(__file__).with_name("h100_target_config.textproto")
+TARGET = ROOT / "helios_jax" / "tools" / "h100.textproto"
 
 
 def why_not() -> str | None:

@@ -166,7 +166,7 @@ def test_the_compiler_s_complaints_say_how_much_memory_is_needed():
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--topology", "v9:2x2"], "--topology: one of v4, v5e, v5p, v6e"),
+    (["--topology", "v9:2x2"], "--topology: one of v4, v5e, v5p, v6e, h100"),
     (["--topology", "v5e:2x2", "--size", "64x100"], "--size: HEIGHTxWIDTH in multiples of 16, got '64x100'"),
     (["--topology", "v5e:2x2", "--efficiency", "2"], "--efficiency: above 0 and at most 1, got 2.0"),
 ])
@@ -270,7 +270,7 @@ def test_of_several_changes_the_first_that_compiles_within_the_memory_is_named(m
         rows = jax.ShapeDtypeStruct((2**26 // (2 if "halved=1" in changes else 1), 128), jnp.float32, sharding=place)
         return Built(None, partition, [Workload("toy", 1, {}, lambda: jax.jit(lambda x: x + 1).lower(rows), None)])
 
-    report = compile_workload(build(()).workloads[0], partition)
+    report = compile_workload(build(()).workloads[0], partition, chip.memory)
     assert not report.fits and report.used > chip.memory
     told = remedy(build, [("halved=1",), ("divided=1",), ("halved=1", "divided=1")], chip)
     # 32 GiB and as much for the result: 64 GiB on every chip, 32, 16, and at last 8.

@@ -113,7 +113,7 @@ def test_speed_is_work_over_time_and_utilisation_needs_a_known_peak():
 def test_peaks_are_those_of_the_chips():
     assert peak_flops("TPU v5 lite") == CHIPS["v5e"].flops and peak_flops("TPU v6 lite") == CHIPS["v6e"].flops
     assert peak_flops("TPU v5") == peak_flops("TPU v5p") == CHIPS["v5p"].flops
-    assert peak_flops("cpu") is None
+    assert peak_flops("NVIDIA H200") == CHIPS["h100"].flops and peak_flops("cpu") is None
 
 
 def test_levels_count_for_themselves():

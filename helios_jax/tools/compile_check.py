@@ -4,11 +4,12 @@
     python -m helios_jax.tools.compile_check --config configs/stage2_init.py:14b --topology v6e:2x4 --sample 1 \\
         --set mesh.fsdp=1 --set mesh.context=8
 
-It needs libtpu (``pip install libtpu``), no TPU. The step is the trainer's own, with the run's mesh, batch and
-optimizer; only the data may be missing, and then random records of the asked size stand in. ``--sample N`` compiles the
-sampler's own programs for one chunk of N videos instead, one per pyramid level, and the VAE's decoder. Printed are the
-memory of a chip by kind, the arithmetic, the collectives, and a modelled time with what it assumes. Exit code 0: it
-fits; 1: it does not, and the last line names a change that makes it fit (compiled, too); 2: a mistake in the arguments.
+It needs libtpu (``pip install libtpu``), no TPU; for an H100 (``--topology h100``) the CUDA plugin of the installed jax
+(see benchmarks/compile_gpu.py), no GPU. The step is the trainer's own, with the run's mesh, batch and optimizer; only
+the data may be missing, and then random records of the asked size stand in. ``--sample N`` compiles the sampler's own
+programs for one chunk of N videos instead, one per pyramid level, and the VAE's decoder. Printed are the memory of a
+chip by kind, the arithmetic, the collectives, and a modelled time with what it assumes. Exit code 0: it fits; 1: it
+does not, and the last line names a change that makes it fit (compiled, too); 2: a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from helios_jax.data.buckets import latent_folders
 from helios_jax.data.pipeline import BUCKETS_FILE, DATASET_FILE
 from helios_jax.data.random_latents import write_random_latents, write_random_ode_pairs
 from helios_jax.errors import UserError, command_line
+from helios_jax.models.quantize import check_precision
+from helios_jax.pipeline.request import CHUNK_FRAMES
 from helios_jax.sharding import Partition
 from helios_jax.tools.roofline import CHIPS, Chip, Collective, collectives, model_time
 from helios_jax.tools.workloads import Workload, sampling_workloads, training_workload
@@ -46,9 +49,9 @@ GIB = 2**30
 class Report(NamedTuple):
     """What a compilation says. Sizes in bytes of one chip.
 
-    fits: whether it compiles within the chip's memory.
-    used: memory in use at its peak (as the compiler's error states it where it does not fit).
-    kinds: what the memory holds: parameters, average, optimizer, frozen, batch, temporary, code.
+    fits: whether it compiles within the chip's memory, and together with what lies beside it.
+    used: memory in use at its peak (as the compiler's error states it where it does not compile).
+    kinds: what the memory holds: parameters, average, optimizer, frozen, batch, temporary, code, other models.
     compiler_flops: the compiler's own count for one chip, with every loop counted once.
     collectives: by kind.
     seconds: that compiling took.
@@ -149,8 +152,8 @@ def needed_memory(error: str) -> float:
     return float(single[1]) if single else math.nan
 
 
-def check(workload: Workload, partition: Partition) -> Report:
-    """Compiles one function."""
+def check(workload: Workload, partition: Partition, memory: float, texts: Path | None = None) -> Report:
+    """Compiles one function for chips of so many bytes; ``texts`` is a folder for the compiled programs as text."""
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(partition.mesh.abstract_mesh):  # kernels ask it for the chip
         lowered = workload.lower()
@@ -161,15 +164,19 @@ def check(workload: Workload, partition: Partition) -> Report:
             raise
         return Report(False, needed_memory(str(error)), workload.arguments, math.nan, {}, time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    kinds = workload.arguments | {"temporary": float(memory.temp_size_in_bytes),
-                                  "code": float(memory.generated_code_size_in_bytes)}
-    used = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
+    text, found = compiled.as_text(), compiled.memory_analysis()
+    if texts is not None:
+        (texts / f"{re.sub(r'[^a-z0-9]+', '_', workload.name)}.hlo").write_text(text, encoding="utf-8")
+    kinds = workload.arguments | {"temporary": float(found.temp_size_in_bytes), "other models": workload.beside,
+                                  "code": float(found.generated_code_size_in_bytes)}
+    # What a program does not use is not handed to it, but lies there all the same.
+    arguments = max(found.argument_size_in_bytes, sum(workload.arguments.values()))
+    used = (arguments + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+            + found.generated_code_size_in_bytes + workload.beside)
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
-    return Report(True, float(used), kinds, float(cost.get("flops", math.nan)), collectives(compiled.as_text()),
-                  seconds)
+    return Report(used <= memory, float(used), kinds, float(cost.get("flops", math.nan)),
+                  collectives(text), seconds)
 
 
 def heading(built: Built, chip: Chip, videos: int | None) -> str:
@@ -184,9 +191,9 @@ def describe(workload: Workload, report: Report, chip: Chip, chips: int, flops: 
              efficiency: float) -> list[str]:
     """The report on one compiled function as lines."""
     lines = [workload.name,
-             f"  compiled in {report.seconds:.0f} s" if report.fits else "  does not compile within the chip's memory",
+             f"  compiled in {report.seconds:.0f} s" if report.fits else "  does not fit the chip's memory",
              f"  memory per chip: {report.used / GIB:.2f} of {chip.memory / GIB:.2f} GiB"]
-    lines += [f"    {name:<10} {size / GIB:8.3f} GiB" for name, size in report.kinds.items() if size]
+    lines += [f"    {name:<12} {size / GIB:8.3f} GiB" for name, size in report.kinds.items() if size]
     if workload.host:
         lines.append(f"  in the host's memory: {workload.host / GIB:.2f} GiB of parameters, copied in every step")
     computed, useful = (number / chips for number in flops)
@@ -194,7 +201,8 @@ def describe(workload: Workload, report: Report, chip: Chip, chips: int, flops: 
                  f"{(computed - useful) / 1e12:.2f} by rematerialisation (counted in the traced function)")
     if not report.fits:
         return lines
-    lines.append(f"  the compiler's count: {report.compiler_flops / 1e12:.2f} TFLOP, with every loop counted once")
+    if not math.isnan(report.compiler_flops):
+        lines.append(f"  the compiler's count: {report.compiler_flops / 1e12:.2f} TFLOP, with every loop counted once")
     for kind, found in report.collectives.items():
         lines.append(f"    {kind:<20} {found.count:6d} times {found.bytes / GIB:9.3f} GiB of results, "
                      f"{found.sent / GIB:9.3f} GiB sent by a chip")
@@ -210,8 +218,21 @@ def describe(workload: Workload, report: Report, chip: Chip, chips: int, flops: 
 def assumptions(chip: Chip, efficiency: float) -> str:
     """What the modelled times assume."""
     return (f"modelled, not measured: products at {efficiency} (--efficiency) of {chip.flops / 1e12:.0f} TFLOP/s; "
-            f"rings over one torus axis in both directions, {chip.link_bandwidth / 1e9:.0f} GB/s; left out: work bound "
-            "by memory, latencies, waiting for data, traffic between slices")
+            f"rings at {chip.link_bandwidth / 1e9:.0f} GB/s (TPU: one torus axis in both directions); left out: work "
+            "bound by memory, latencies, waiting for data, traffic between slices or machines")
+
+
+def modelled_rate(results: list[tuple[Workload, Report, float]], chip: Chip, chips: int, videos: int,
+                  efficiency: float) -> str:
+    """Seconds of a chunk and frames per second, from the operations of every program."""
+    best = worst = 0.0
+    for workload, report, flops in results:
+        sent = sum(found.sent for found in report.collectives.values())
+        modelled = model_time(chip, flops / chips, sent, efficiency)
+        best, worst = best + workload.times * modelled.best, worst + workload.times * modelled.worst
+    frames = videos * CHUNK_FRAMES
+    return (f"modelled chunk of {CHUNK_FRAMES} frames: {best:.3f} to {worst:.3f} s, {frames / worst:.1f} to "
+            f"{frames / best:.1f} frames per second, text and transfers left out")
 
 
 def remedies(run: RunConfig, chips: int, sampling: bool) -> Iterator[tuple[str, ...]]:
@@ -263,7 +284,7 @@ def remedy(build: Callable[..., Built], tried: Iterable[tuple[str, ...]], chip: 
         changed = build(changes)
         if max(sum(workload.arguments.values()) for workload in changed.workloads) > chip.memory:
             continue
-        reports = [check(workload, changed.partition) for workload in changed.workloads]
+        reports = [check(workload, changed.partition, chip.memory) for workload in changed.workloads]
         if all(report.fits for report in reports):
             return (f"; it would with {' '.join(f'--set {shlex.quote(change)}' for change in changes)} "
                     f"({max(report.used for report in reports) / GIB:.2f} of {chip.memory / GIB:.2f} GiB)")
@@ -274,20 +295,32 @@ def _devices(topology: str) -> tuple[Chip, list[Any]]:
     from jax.experimental import topologies
 
     name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        raise UserError(f"--topology: one of {', '.join(CHIPS)}, a colon and a shape such as 4x4x4, got {topology!r}")
+    is_gpu = name == "h100"
+    if name not in CHIPS or not re.fullmatch(r"[1-8]?" if is_gpu else r"\d+x\d+(x\d+)?", shape):
+        raise UserError(f"--topology: one of {', '.join(CHIPS)}, a colon and a shape such as 4x4x4 (of GPUs their "
+                        f"number, at most 8), got {topology!r}")
     try:
+        if is_gpu:
+            # The plugin looks for a card when it is loaded.
+            os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+            jax.config.update("jax_platforms", "cpu,cuda")
+            count = f"1x{shape or 1}x1"
+            return CHIPS[name], list(topologies.get_topology_desc(
+                platform="cuda", topology_name=count, topology=count,
+                target_config=Path(__file__).with_name("h100.textproto").read_text()).devices)
         return CHIPS[name], list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # the plugin raises many kinds, also where it is not installed
-        raise UserError(f"--topology: {topology} cannot be described ({' '.join(str(error).split())[:200]}); "
-                        'libtpu is needed: pip install "jax[tpu]"') from error
+        needed = "jax's CUDA plugin" if is_gpu else 'libtpu, pip install "jax[tpu]",'
+        raise UserError(f"--topology: {topology} cannot be described ({' '.join(str(error).split())[:200]}); {needed} "
+                        "is needed") from error
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m helios_jax.tools.compile_check", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a file of configs/, with :argument where it takes one")
-    parser.add_argument("--topology", required=True, help="chip:shape, for example v5p:4x4x4 or v6e:16x16")
+    parser.add_argument("--topology", required=True, help="chip:shape, for example v5p:4x4x4 or v6e:16x16; h100, or "
+                        "h100:8 for eight GPUs of one machine")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
                         help="changes a value of the configuration, for example mesh.fsdp=64; may be repeated")
     parser.add_argument("--sample", type=int, metavar="VIDEOS",
@@ -296,10 +329,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="compiles the turn of one player alone, for example critic; all turns are one program")
     parser.add_argument("--stream_weights", action="store_true",
                         help="with --sample: the weights stay in the host's memory; one chip (mesh of 1)")
+    parser.add_argument("--precision", default="none", metavar="MODE", help="with --sample: of the linear layers, see "
+                        "docs/low_precision.md")
     parser.add_argument("--size", default="384x640", help="pixels of a video, in training where the data is not there")
     parser.add_argument("--efficiency", type=float, default=0.6, help="of the peak, in the modelled time")
     parser.add_argument("--no-remedy", action="store_true", help="do not look for a change that makes it fit")
     parser.add_argument("--json", help="also writes the numbers to this file")
+    parser.add_argument("--hlo", type=Path, metavar="FOLDER", help="also writes the compiled programs there, as text")
     return parser.parse_args(argv)
 
 
@@ -315,8 +351,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--sample: a positive number of videos, got {arguments.sample}")
     if arguments.stream_weights and arguments.sample is None:
         raise UserError("--stream_weights: goes with --sample")
+    if arguments.precision != "none" and arguments.sample is None:
+        raise UserError("--precision: goes with --sample")
     if arguments.player is not None and arguments.sample is not None:
         raise UserError("--player: goes with a training step, not with --sample")
+    if arguments.hlo is not None:
+        arguments.hlo.mkdir(parents=True, exist_ok=True)
     size = (int(match[1]), int(match[2]))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock file: several checks may run at once
@@ -325,6 +365,8 @@ def main(argv: list[str] | None = None) -> int:
     if "objective" not in values:
         raise UserError("config.objective.name: required key is missing")
     chip, devices = _devices(arguments.topology)
+    if said := check_precision(arguments.precision, devices[0].device_kind):
+        print(said)
     sampling = arguments.sample is not None
     with contextlib.nullcontext((values, "")) if sampling else stand_in_data(values, size) as (values, note):
         if note:
@@ -337,21 +379,24 @@ def main(argv: list[str] | None = None) -> int:
             run = run_config(changed)
             if sampling:
                 return Built(run, *sampling_workloads(run, devices, size, arguments.sample,
-                                                      arguments.stream_weights))
+                                                      arguments.stream_weights, arguments.precision))
             partition, workload = training_workload(run, devices, arguments.player)
             return Built(run, partition, [workload])
 
         built = build(())
         chips = built.partition.mesh.size
         print(heading(built, chip, arguments.sample))
-        results = []
+        results, made = [], []
         for workload in built.workloads:
-            flops, report = workload.flops(), check(workload, built.partition)
+            flops, report = workload.flops(), check(workload, built.partition, chip.memory, arguments.hlo)
             print("\n".join(describe(workload, report, chip, chips, flops, arguments.efficiency)))
+            made.append((workload, report, flops[0]))
             results.append({"name": workload.name, "times": workload.times, "flops": flops[0],
                             "flops_without_rematerialisation": flops[1], "host_bytes": workload.host,
                             **report._asdict(),
                             "collectives": {kind: found._asdict() for kind, found in report.collectives.items()}})
+        if sampling and all(report.fits for _, report, _ in made):
+            print(modelled_rate(made, chip, chips, arguments.sample, arguments.efficiency))
         print(assumptions(chip, arguments.efficiency))
         if arguments.json:
             Path(arguments.json).write_text(json.dumps({

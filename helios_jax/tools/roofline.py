@@ -1,7 +1,7 @@
 """Counting: the floating-point operations of a traced function, the collectives of a compiled one, and what chips do.
 
-Chip numbers are the vendor's published peaks; bandwidths between chips are those of one torus axis in both directions
-(Google's documentation of Cloud TPU and "How to Scale Your Model", chapter 2).
+Chip numbers are the vendor's published peaks; bandwidths between TPUs are those of one torus axis in both directions
+(Google's documentation of Cloud TPU and "How to Scale Your Model", chapter 2), between GPUs NVLink's in one direction.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Chip:
       flops: peak of bfloat16 products, per second.
       memory: bytes that a program may use.
       memory_bandwidth: bytes per second.
-      link_bandwidth: bytes per second that a chip sends along one axis of the torus, both directions together.
+      link_bandwidth: bytes per second that a TPU sends along one axis of the torus, both directions together, or a GPU
+        over NVLink.
     """
 
     name: str
@@ -38,19 +39,19 @@ CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (
     Chip("v5e", 197e12, 15.75 * 2**30, 0.82e12, 9e10),
     Chip("v5p", 459e12, 95.74 * 2**30, 2.77e12, 1.8e11),
     Chip("v6e", 918e12, 31.25 * 2**30, 1.64e12, 1.8e11),
+    Chip("h100", 989.4e12, 79.14 * 2**30, 3.35e12, 4.5e11),
 )}
 
 
-# ``device_kind`` of JAX -> chip; the H100's and H200's peak is NVIDIA's for dense products.
-_KINDS_OF_TPU = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
-                 "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
-_KINDS_OF_GPU = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+# ``device_kind`` of JAX -> chip; the peak of the H200 is that of the H100, NVIDIA's for dense products.
+_CHIP_OF = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+            "TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h100"}
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak of bfloat16 products per second of a JAX device, or None where it is not known."""
-    name = _KINDS_OF_TPU.get(device_kind)
-    return _KINDS_OF_GPU.get(device_kind) if name is None else CHIPS[name].flops
+    name = _CHIP_OF.get(device_kind)
+    return None if name is None else CHIPS[name].flops
 
 
 class Modelled(NamedTuple):
@@ -70,7 +71,7 @@ class Modelled(NamedTuple):
 
 def model_time(chip: Chip, flops: float, sent: float, efficiency: float) -> Modelled:
     """A model, no measurement: ``flops`` operations of a chip at a share of its peak, and ``sent`` bytes that leave it
-    over one torus axis in both directions."""
+    over its link."""
     return Modelled(flops / (chip.flops * efficiency), sent / chip.link_bandwidth)
 
 

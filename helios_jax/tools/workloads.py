@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from helios_jax import sharding
-from helios_jax.config import VAEConfig
+from helios_jax.config import TextEncoderConfig, VAEConfig
 from helios_jax.convert.rules import abstract_params
 from helios_jax.diffusion import guidance
+from helios_jax.models.quantize import as_qarrays
 from helios_jax.models.streaming import streamed_places
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.vae import WanVAE
@@ -41,6 +42,7 @@ class Workload(NamedTuple):
       again. Attention is counted as its CPU variant computes it: like the kernels, it computes its weights again for
       the gradient, and that counts in both numbers.
     host: bytes of arguments in the host's memory.
+    beside: bytes of one chip that the pipeline's other models take while this runs.
     """
 
     name: str
@@ -49,11 +51,12 @@ class Workload(NamedTuple):
     lower: Callable[[], jax.stages.Lowered]
     flops: Callable[[], tuple[float, float]]
     host: float = 0.0
+    beside: float = 0.0
 
 
 def bytes_per_chip(tree: PyTree) -> float:
     """Bytes that one chip holds of abstract arrays which know their place."""
-    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) / 8
                      for leaf in jax.tree.leaves(tree)))
 
 
@@ -114,11 +117,12 @@ def _step_flops(program: Program, batch: PyTree, player: str | None) -> tuple[fl
 
 
 def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, int], videos: int,
-                       streamed: bool = False) -> tuple[Partition, list[Workload]]:
+                       streamed: bool = False, precision: str = "none") -> tuple[Partition, list[Workload]]:
     """The pipeline's own programs for one chunk of the run's model, in the run's dtype: a pyramid level each, decoding.
 
     The parameters are in that dtype, too; steps and guidance are those of the run's sample videos. A level's program
-    holds all its steps. The VAE is the published one; the text encoder, which runs once per prompt, is left out.
+    holds all its steps. VAE and text encoder are the published ones; the latter runs once per prompt and is not
+    compiled, but its weights are counted as lying on the chips (where its width is the model's).
 
     Args:
       run: of an objective that trains a transformer.
@@ -126,6 +130,7 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
       size: height and width in pixels.
       videos: made at once; with guidance the model sees twice as many.
       streamed: the blocks' weights lie in the host's memory.
+      precision: of the kernels, a mode of ``helios_jax.models.quantize``.
 
     Raises:
       UserError: the objective trains no transformer; the mesh does not fit the devices; streaming on several of them.
@@ -143,14 +148,24 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
     # Operations are counted for all chips together, so on a sampler that knows of no mesh.
     sampler, whole = (ChunkSampler(model, scheduler, plan, *size, config.in_channels, partition=where)
                       for where in (partition, None))
-    params = abstract_params("transformer", config, dtype)
-    places = sharding.param_shardings(partition, params)
-    params = sharding.with_shardings(params, streamed_places("transformer", params, places) if streamed else places)
-    in_host = [leaf for leaf in jax.tree.leaves(params) if leaf.sharding.memory_kind == "pinned_host"]
-    on_chip = [leaf for leaf in jax.tree.leaves(params) if leaf.sharding.memory_kind != "pinned_host"]
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.replicated)  # as the pipeline holds them
+
+    def parameters(component: str, config: Any) -> tuple[PyTree, float, float]:
+        """The tree, its bytes on a chip, and those in the host's memory."""
+        params = abstract_params(component, config, dtype, precision)
+        places = sharding.param_shardings(partition, params)
+        params = sharding.with_shardings(params, streamed_places(component, params, places) if streamed else places)
+        in_host = [leaf for leaf in jax.tree.leaves(params) if leaf.sharding.memory_kind == "pinned_host"]
+        host = bytes_per_chip(in_host)
+        return as_qarrays(params), bytes_per_chip(params) - host, host
+
+    params, on_chip, in_host = parameters("transformer", config)
+    text_encoder = TextEncoderConfig()
+    encoding = parameters("text_encoder", text_encoder)[1] if text_encoder.d_model == config.text_dim else 0.0
+    frames = array((videos, plan.layout.chunk, *sampler.size, sampler.channels))
+    decoding = _decoding(partition, dtype, frames, on_chip + encoding)
 
     rows = videos * (2 if plan.guided else 1)
     heads = (config.num_layers, rows, TEXT_ROWS, config.num_attention_heads, config.attention_head_dim)
@@ -158,7 +173,7 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
 
     def workload(stage: int) -> Workload:
         inputs = [None if shape is None else array(shape) for shape in sampler.input_shapes(stage, videos)]
-        arguments = {"parameters": on_chip, "text": text, "latents": inputs}
+        arguments = {"text": text, "latents": inputs}
 
         def lower() -> jax.stages.Lowered:
             return sampler.trace(stage, {"params": params}, text, inputs).lower()
@@ -170,14 +185,13 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
         skipped = 0 if plan.zero_steps is None else sum(guidance.is_zero_init_step(stage, i, plan.zero_steps)
                                                         for i in range(plan.steps[stage]))
         return Workload(f"sampling, level {stage}", plan.steps[stage] - skipped,
-                        {name: bytes_per_chip(tree) for name, tree in arguments.items()}, lower, flops,
-                        bytes_per_chip(in_host))
+                        {"parameters": on_chip} | {name: bytes_per_chip(tree) for name, tree in arguments.items()},
+                        lower, flops, in_host, encoding + decoding.arguments["parameters"])
 
-    return partition, [*(workload(stage) for stage in range(scheduler.stages)),
-                       _decoding(partition, dtype, array((videos, plan.layout.chunk, *sampler.size, sampler.channels)))]
+    return partition, [*(workload(stage) for stage in range(scheduler.stages)), decoding]
 
 
-def _decoding(partition: Partition, dtype: Any, latents: jax.ShapeDtypeStruct) -> Workload:
+def _decoding(partition: Partition, dtype: Any, latents: jax.ShapeDtypeStruct, beside: float) -> Workload:
     """From a chunk's latents to its frames."""
     vae = WanVAE(VAEConfig(), dtype, "3d")
     params = abstract_params("vae", vae.config, dtype)
@@ -189,4 +203,4 @@ def _decoding(partition: Partition, dtype: Any, latents: jax.ShapeDtypeStruct) -
         return count, count
 
     return Workload("decoding", 1, {"parameters": bytes_per_chip(params), "latents": bytes_per_chip(latents)},
-                    lambda: sharding.jit(partition, function).lower(params, latents), flops)
+                    lambda: sharding.jit(partition, function).lower(params, latents), flops, beside=beside)

@@ -143,6 +143,11 @@ class ModelConfig:
         """The pyramid level of every noisy version of a sample; stage 1 has one version, at full resolution."""
         return (0,)
 
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the model sees the first frame of a video, in training and when it is sampled."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig(ModelConfig):
@@ -167,6 +172,10 @@ class FlowConfig(ModelConfig):
         require(self.timesteps in ("logit_normal", "uniform"),
                 f"objective.timesteps: 'logit_normal' or 'uniform', got {self.timesteps!r}")
         require(0 <= self.caption_dropout <= 1, f"objective.caption_dropout: in [0, 1], got {self.caption_dropout}")
+
+    @property
+    def has_anchor(self) -> bool:
+        return self.keep_first_frame
 
 
 # --- One sample ------------------------------------------------------------------------------------------------------
@@ -440,7 +449,7 @@ def build(run: RunConfig,
         export = validation.make_export(model_folder, config.export_dtype, weights, loaded_base)
         validator, wanted = validation.Validator(model_folder, config.unroll, config.dtype), config.sample
         sampling = validation.Sampling(wanted.num_frames, wanted.steps, wanted.guidance, wanted.seed,
-                                       wanted.negative_prompt, getattr(config, "keep_first_frame", True))
+                                       wanted.negative_prompt, config.has_anchor)
 
         def variables(params: PyTree) -> PyTree:
             return weights.variables(params, {"base": loaded_base()})

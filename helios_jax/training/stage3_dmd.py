@@ -332,6 +332,11 @@ class Game:
         return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
 
+def sampled_as(config: Config) -> tuple[ModelIndex, SchedulerConfig]:
+    """What the student is sampled as: Distilled."""
+    return ModelIndex("HeliosPyramidPipeline", "HeliosDMDScheduler", is_distilled=True), config.scheduler
+
+
 def build(run: RunConfig) -> Objective:
     """The objective of a run.
 
@@ -339,8 +344,7 @@ def build(run: RunConfig) -> Objective:
       UserError: the data or a model folder is missing or does not fit the transformer, the levels or the heads.
     """
     config: Config = run.objective
-    index = ModelIndex("HeliosPyramidPipeline", "HeliosDMDScheduler", is_distilled=True)
-    student = flow.build(run, None, index, config.scheduler)
+    student = flow.build(run, None, *sampled_as(config))
     folder = LatentFolder.open(config.data)
     own, critic = (_network(one, lora) for one, lora in (
         (config, config.lora), (flow.as_stored(config, config.teacher), config.critic.lora)))

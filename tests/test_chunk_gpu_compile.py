@@ -1,0 +1,54 @@
+"""A chunk of the 14B Distilled model, compiled for an H100 without a card: memory, kernels, types of the products."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_kernels_gpu_compile import load_script
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS, DIM, HIDDEN = 2, 5120, 13824  # 2 layers of 40: they are one body of a loop, whatever their number
+LINEAR = re.compile(r"/(to_q|to_k|to_v|to_out_0|proj|net_2)/")
+TYPE = re.compile(r"%([\w.\-]+) = (\w+)\[")
+
+
+def products(text: str) -> list[tuple[str, str, str]]:
+    """(types of both operands, name of the operation in the model) of every matrix product."""
+    types = dict(TYPE.findall(text))
+    calls = r'(?: dot| custom-call)\(%([\w.\-]+), %([\w.\-]+)[^\n]*?op_name="([^"]*dot_general[^"]*)"'
+    found = re.findall(calls, text)
+    return [(types[a], types[b], name) for a, b, name in found]
+
+
+@pytest.mark.parametrize(("precision", "linear"), [("none", "bf16"), ("fp8", "f8e4m3fn")])
+def test_a_chunk_fits_an_h100_and_multiplies_in_the_types_asked_for(precision, linear, tmp_path):
+    if reason := load_script().why_not():
+        pytest.skip(reason)
+    if precision != "none":
+        pytest.importorskip("qwix")
+    done = subprocess.run(
+        [sys.executable, "-m", "helios_jax.tools.compile_check", "--config", "configs/stage3_dmd.py:post", "--topology",
+         "h100", "--sample", "1", "--set", "mesh.fsdp=1", "--set", f"objective.transformer.num_layers={LAYERS}",
+         "--precision", precision, "--json", str(tmp_path / "report.json"), "--hlo", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"})
+    assert done.returncode == 0 and done.stdout.endswith("it fits\n"), done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())["programs"]
+    assert [program["name"] for program in report] == [*(f"sampling, level {i}" for i in range(3)), "decoding"]
+    for level in range(3):
+        text = (tmp_path / f"sampling_level_{level}.hlo").read_text()
+        assert "mosaic_gpu" in text  # the attention kernel
+        found = products(text)
+        inner = [(a, b) for a, b, name in found if LINEAR.search(name)]
+        assert len(inner) >= 8 and set(inner) == {(linear, linear)}, found
+        # In float32 multiply only what the original keeps in float32.
+        wide = {name for a, b, name in found if "f32" in (a, b)}
+        assert all("time" in name for name in wide), wide
+        # No weight is written anew, and no activation of the feed-forward.
+        copied = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+        assert not [shape for shape in copied if {str(DIM), str(HIDDEN)} & set(shape.split(","))], copied
