@@ -31,17 +31,20 @@ EFFICIENCY = 0.6
 
 
 class Case(NamedTuple):
-    """One compile check. title: of its row; sample: videos at once, or None for the training step."""
+    """One compile check. title: of its row; sample: videos at once, or None for the training step; player: whose turn is
+    compiled alone."""
 
     title: str
     config: str
     topology: str
     changes: tuple[str, ...] = ()
     sample: int | None = None
+    player: str | None = None
 
     @property
     def arguments(self) -> list[str]:
-        flags = [] if self.sample is None else ["--sample", str(self.sample)]
+        flags = [part for flag, value in (("--sample", self.sample), ("--player", self.player)) if value is not None
+                 for part in (flag, str(value))]
         return ["--config", f"configs/{self.config}", "--topology", self.topology, *flags,
                 *[part for change in self.changes for part in ("--set", change)]]
 
@@ -58,8 +61,18 @@ CASES = {
     "s2-full-v6e": Case("14B stage 2, full", "stage2_init.py:14b", "v6e:16x16", ("mesh.context=4", FULL)),
     "s1-1.3b-v5e": Case("1.3B stage 1, LoRA", "stage1_init.py:1.3b", "v5e:4x4", ("accumulate=8",)),
     "s2-1.3b-v5e": Case("1.3B stage 2, LoRA", "stage2_init.py:1.3b", "v5e:4x4", ("accumulate=4",)),
+    "critic-v5p": Case("14B stage 3, critic's turn", "stage3_dmd.py:post", "v5p:4x4x4", player="critic"),
+    "student-v5p": Case("14B stage 3, student's turn", "stage3_dmd.py:post", "v5p:4x4x4", player="student"),
+    "critic-v6e": Case("14B stage 3, critic's turn", "stage3_dmd.py:post", "v6e:16x16", ("mesh.context=2",),
+                       player="critic"),
+    "student-v6e": Case("14B stage 3, student's turn", "stage3_dmd.py:post", "v6e:16x16", ("mesh.context=2",),
+                        player="student"),
     "base-v5p": Case("14B Base, sampling", "stage1_init.py:14b", "v5p:2x2x2", ("mesh.fsdp=1", "mesh.context=8"), 1),
     "mid-v6e": Case("14B Mid, sampling", "stage2_init.py:14b", "v6e:2x4", ("mesh.fsdp=1", "mesh.context=8"), 1),
+    "distilled-v5p": Case("14B Distilled, sampling", "stage3_dmd.py:post", "v5p:2x2x2",
+                          ("mesh.fsdp=1", "mesh.context=8"), 1),
+    "distilled-v6e": Case("14B Distilled, sampling", "stage3_dmd.py:post", "v6e:2x4",
+                          ("mesh.fsdp=1", "mesh.context=4", "mesh.tensor=2"), 1),
 }
 
 
@@ -91,7 +104,7 @@ def row(case: Case, values: dict, program: dict) -> list[str]:
     mesh = " ".join(f"{axis} {size}" for axis, size in values["mesh"].items() if size > 1)
     batch = f"{values['batch_size']} in {values['accumulate']}" if case.sample is None else f"{case.sample} video"
     held = sum(kinds.get(kind, 0.0) for kind in ("parameters", "average", "optimizer", "frozen"))
-    level = "" if case.sample is None else f", level {program['name'][-1]}"
+    level = "" if case.sample is None else f": {program['name'].removeprefix('sampling, ')}"
     start = [case.title + level, case.topology, mesh, batch, values["remat"] if case.sample is None else "-"]
     if not program["fits"]:
         return [*start, f"{program['used'] / GIB:.1f} of {chip.memory / GIB:.1f}: does not fit", *["-"] * 6]
