@@ -31,8 +31,8 @@ EFFICIENCY = 0.6
 
 
 class Case(NamedTuple):
-    """One compile check. title: of its row; sample: videos at once, or None for the training step; player: whose turn is
-    compiled alone."""
+    """One compile check. title: of its row; sample: videos at once, or None for the training step; player: the one
+    whose turn is compiled alone."""
 
     title: str
     config: str
