@@ -44,6 +44,7 @@ def get_config(stage: str = "square") -> ConfigDict:
             "dtype": "float32",
             "unroll": 0,
             "threads": 1,
+            "keep_first_frame": True,
             "task_mix": {"t2v": 0.5, "i2v": 0.1, "v2v": 0.3},
             "corruption": {"mode": "noise", "clean_probability": 0.1},
             "timesteps": "uniform",
