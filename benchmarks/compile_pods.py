@@ -69,8 +69,8 @@ CASES = {
                         player="student"),
     "base-v5p": Case("14B Base, sampling", "stage1_init.py:14b", "v5p:2x2x2", ("mesh.fsdp=1", "mesh.context=8"), 1),
     "mid-v6e": Case("14B Mid, sampling", "stage2_init.py:14b", "v6e:2x4", ("mesh.fsdp=1", "mesh.context=8"), 1),
-    "distilled-v5p": Case("14B Distilled, sampling", "stage3_dmd.py:post", "v5p:2x2x2",
-                          ("mesh.fsdp=1", "mesh.context=8"), 1),
+    "distilled-v5p": Case("14B Distilled, sampling", "stage3_dmd.py:post", "v5p:2x2x1",
+                          ("mesh.fsdp=1", "mesh.context=4"), 1),
     "distilled-v6e": Case("14B Distilled, sampling", "stage3_dmd.py:post", "v6e:2x4",
                           ("mesh.fsdp=1", "mesh.context=4", "mesh.tensor=2"), 1),
 }
