@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.errors import UserError
@@ -109,13 +110,17 @@ def _listing(sizes: dict[str, int]) -> str:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a run; its axes are ``MESH_AXES``, all of the automatic kind.
 
+    Neighbours on an axis are neighbours on the chips' torus where its shape allows it; else an axis takes a part of one
+    of the torus. Slices (parts of a job without the fast network between them: TPU slices, GPU machines) are divided
+    over the first axes that take them, so over ``data`` if its size does.
+
     Args:
       config: the sizes.
       devices: default: all devices of all processes. A single process may use fewer than it has; the first ones are
         taken.
 
     Raises:
-      UserError: the sizes do not fit the devices.
+      UserError: the sizes do not fit the devices or their slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.resolve(len(devices))
@@ -125,8 +130,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             raise UserError(f"mesh: {_listing(sizes)} uses {wanted} of {len(devices)} devices, but with several "
                             "processes every device must take part; set one axis to -1")
         devices = devices[:wanted]
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
-                         devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    between = []  # how many slices stand along each axis
+    for size in sizes.values():
+        between.append(math.gcd(size, slices // math.prod(between)))
+    if math.prod(between) != slices:
+        raise UserError(f"mesh: {_listing(sizes)} cannot be divided over {slices} slices")
+    within = [size // count for size, count in zip(sizes.values(), between, strict=True)]
+
+    def arranged(split: bool) -> np.ndarray:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=split)
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=split)
+
+    try:
+        found = arranged(split=False)
+    except NotImplementedError:  # no product of the torus's axes is the size of one of these
+        found = arranged(split=True)
+    return Mesh(found, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
 
 from helios_jax.errors import UserError
-from helios_jax.sharding import MeshConfig, Partition
+from helios_jax.sharding import MeshConfig, Partition, make_mesh
 from helios_jax.tools.compile_check import (
     Built,
     apply_change,
@@ -257,12 +258,35 @@ def test_streamed_weights_of_the_14b_are_on_the_chip_two_layers_at_a_time(tmp_pa
         assert plain["used"] - streamed["used"] > blocks * (layers - 2) / layers - 2**26
 
 
+def described(monkeypatch, name: str, **options: int) -> list:
+    for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(variable, "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+
+@needs_libtpu
+@pytest.mark.parametrize("sizes", [{"fsdp": 64, "context": 4}, {"data": 2, "fsdp": 8, "context": 4, "tensor": 4}])
+def test_an_axis_may_take_a_part_of_one_of_the_torus_and_keeps_neighbours_together(sizes, monkeypatch):
+    mesh = make_mesh(MeshConfig(**sizes), described(monkeypatch, "v6e:16x16"))
+    assert {axis: size for axis, size in mesh.shape.items() if size > 1} == sizes
+    assert len({device.id for device in mesh.devices.flat}) == 256
+    for row in np.moveaxis(mesh.devices, 2, -1).reshape(-1, 4):  # along context
+        steps = np.diff([device.coords for device in row], axis=0)
+        assert (np.abs(steps).sum(1) == np.abs(steps).sum(1)[0]).all() and len(np.unique(steps, axis=0)) == 1
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("sizes", "along_data"), [
+    ({"data": 2, "fsdp": 4}, [{0}, {1}]), ({"data": 4, "fsdp": 2}, [{0}, {0}, {1}, {1}]), ({"fsdp": -1}, [{0, 1}])])
+def test_slices_stand_along_the_first_axis_that_takes_them(sizes, along_data, monkeypatch):
+    mesh = make_mesh(MeshConfig(**sizes), described(monkeypatch, "v5e:2x2", num_slices=2))
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == along_data
+
+
 @needs_libtpu
 def test_of_several_changes_the_first_that_compiles_within_the_memory_is_named(monkeypatch):
     """A stand-in for the step that adds 1 to rows of 512 bytes; it overflows for real unless they are divided."""
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setenv(name, "1")
-    chip, devices = CHIPS["v5e"], topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    chip, devices = CHIPS["v5e"], described(monkeypatch, "v5e:2x2")
     partition = Partition.create(MeshConfig(fsdp=4), devices)
 
     def build(changes: tuple[str, ...]) -> Built:
@@ -275,6 +299,17 @@ def test_of_several_changes_the_first_that_compiles_within_the_memory_is_named(m
     told = remedy(build, [("halved=1",), ("divided=1",), ("halved=1", "divided=1")], chip)
     # 32 GiB and as much for the result: 64 GiB on every chip, 32, 16, and at last 8.
     assert told.startswith("; it would with --set halved=1 --set divided=1 (8.0"), told
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_of_a_training_step_that_overflows_the_change_with_which_it_fits_is_named():
+    done = check("--config", "configs/tiny_stage1.py", "--topology", "v5e:2x2", "--size", "64x128",
+                 changes=(*SMALL, "objective.transformer.num_layers=6", "batch_size=2048", "mesh.fsdp=4"))
+    assert done.returncode == 1 and "does not fit the chip's memory" in done.stdout, done.stdout + done.stderr
+    told = re.fullmatch(r"it does not fit; it would with --set objective.remat=nothing_saveable "
+                        r"\(([\d.]+) of 15.75 GiB\)", done.stdout.splitlines()[-1])
+    assert told and float(told[1]) < 15.75, done.stdout
 
 
 @pytest.mark.slow
