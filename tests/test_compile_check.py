@@ -301,6 +301,15 @@ def test_of_several_changes_the_first_that_compiles_within_the_memory_is_named(m
     assert told.startswith("; it would with --set halved=1 --set divided=1 (8.0"), told
 
 
+@needs_libtpu
+def test_a_step_that_divides_the_tokens_compiles_with_every_parameter_trained():
+    """At a reduced depth; the compiler once stopped at the gradient of the history's patches."""
+    done = check("--config", "configs/stage1_init.py:14b", "--topology", "v6e:4x4",
+                 changes=("mesh.context=2", "batch_size=16", "objective.lora.rank=0",
+                          "objective.transformer.num_layers=2"))
+    assert done.returncode == 0 and done.stdout.endswith("it fits\n"), done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @needs_libtpu
 def test_of_a_training_step_that_overflows_the_change_with_which_it_fits_is_named():
