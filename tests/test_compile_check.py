@@ -301,6 +301,7 @@ def test_of_several_changes_the_first_that_compiles_within_the_memory_is_named(m
     assert told.startswith("; it would with --set halved=1 --set divided=1 (8.0"), told
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_step_that_divides_the_tokens_compiles_with_every_parameter_trained():
     """At a reduced depth; the compiler once stopped at the gradient of the history's patches."""

@@ -42,8 +42,8 @@ class PatchEmbedding(nn.Module):
         x = x[:, :t, :h, :w].astype(self.dtype)
         x = rearrange(x, "b (t kt) (y kh) (x kw) c -> b t y x (kt kh kw c)", kt=kt, kh=kh, kw=kw)
         y = matmul_float32(x, kernel.reshape(-1, self.features))  # -> [B, t, y, x, C]
-        # Whole along the axis that divides tokens: repeating so little is cheap, and the kernel's gradient is then a sum
-        # over the axes of the batch alone. The other sum, scattered over some of its axes, is more than libtpu 0.0.41
+        # Whole along the axis that divides tokens: repeating so little is cheap, and the kernel's gradient is then
+        # a sum over the batch's axes alone. The other sum, scattered over some of its axes, is more than libtpu 0.0.41
         # compiles (INTERNAL, post-layout).
         y = constrain(y, "batch", None, None, None, None)
         if self.has_variable("lora", "a"):
