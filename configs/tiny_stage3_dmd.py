@@ -23,7 +23,7 @@ def get_config(part: str = "dmd") -> ConfigDict:
     if part not in ("dmd", "gan"):
         raise ValueError(f"part: 'dmd' or 'gan', got {part!r}")
     optimizer = {
-        "name": "adamw", "learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 20, "b1": 0.0, "b2": 0.999,
+        "name": "adamw", "learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 20, "b1": 0.0, "b2": 0.999,
         "weight_decay": 1e-3, "clip_norm": 1.0,
     }
     return ConfigDict({
@@ -45,10 +45,10 @@ def get_config(part: str = "dmd") -> ConfigDict:
             "dtype": "float32",
             "unroll": 0,
             "threads": 1,
-            "student_every": 5,
+            "student_every": 2,
             "guidance": 4.0,
             "negative_prompt": "",
-            "rollout": {"steps": (2, 2, 2), "amplify_first_chunk": True, "shift_from": "previous"},
+            "rollout": {"steps": (1, 1, 1), "amplify_first_chunk": True, "shift_from": "previous"},
             "renoise": {
                 "alpha": 4.0, "beta": 1.5, "decay_steps": 500, "lowest": 20, "highest": 980, "shift": 3.0,
             },
@@ -73,13 +73,15 @@ def get_config(part: str = "dmd") -> ConfigDict:
         "batch_size": 8,
         "accumulate": 1,
         "mesh": {"data": 1, "fsdp": 1, "context": 1, "tensor": 1},
-        "num_steps": 2500,
+        "num_steps": 1000,
         "log_every": 50,
         "checkpoint_every": 250,
         "keep_last": 2,
         "sample_every": 500,
         "tensorboard": True,
-        "ema_decay": 0.99,
-        "ema_start_step": 250,
-        "optimizer": optimizer,
+        "ema_decay": 0.98,
+        "ema_start_step": 100,
+        "optimizer": optimizer | {
+            "name": "muon", "learning_rate": 4e-4, "schedule": "cosine", "warmup_steps": 60, "final_fraction": 0.1,
+        },
     })
