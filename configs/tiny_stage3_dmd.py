@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 def get_config(part: str = "dmd") -> ConfigDict:
     if part not in ("dmd", "gan"):
         raise ValueError(f"part: 'dmd' or 'gan', got {part!r}")
+    gan = part == "gan"
     optimizer = {
         "name": "adamw", "learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 20, "b1": 0.0, "b2": 0.999,
         "weight_decay": 1e-3, "clip_norm": 1.0,
@@ -31,7 +32,7 @@ def get_config(part: str = "dmd") -> ConfigDict:
             "name": "stage3_dmd",
             "data": "data/latents",
             "model": "assets/helios-tiny",
-            "init_from": "runs/stage3_ode/export",
+            "init_from": "runs/stage3_dmd/export" if gan else "runs/stage3_ode/export",
             "teacher": "assets/helios-tiny",
             "transformer": {
                 "num_attention_heads": 5, "attention_head_dim": 32, "rope_dim": (12, 10, 10), "num_layers": 6,
@@ -50,10 +51,10 @@ def get_config(part: str = "dmd") -> ConfigDict:
             "negative_prompt": "",
             "rollout": {"steps": (1, 1, 1), "amplify_first_chunk": True, "shift_from": "previous"},
             "renoise": {
-                "alpha": 4.0, "beta": 1.5, "decay_steps": 500, "lowest": 20, "highest": 980, "shift": 3.0,
+                "alpha": 4.0, "beta": 1.5, "decay_steps": 1 if gan else 500, "lowest": 20, "highest": 980, "shift": 3.0,
             },
             "gan": {
-                "width": 64 if part == "gan" else 0, "groups": 8, "blocks": (1, 3, 5), "start_step": 1000, "crop": 1,
+                "width": 64 if gan else 0, "groups": 8, "blocks": (1, 3, 5), "start_step": 100, "crop": 1,
                 "student_weight": 0.05, "head_weight": 0.01, "r1_weight": 100.0, "r1_sigma": 0.1,
             },
             "task_mix": {"t2v": 0.4, "i2v": 0.1, "v2v": 0.4},
@@ -73,7 +74,7 @@ def get_config(part: str = "dmd") -> ConfigDict:
         "batch_size": 8,
         "accumulate": 1,
         "mesh": {"data": 1, "fsdp": 1, "context": 1, "tensor": 1},
-        "num_steps": 1000,
+        "num_steps": 400 if gan else 1000,
         "log_every": 50,
         "checkpoint_every": 250,
         "keep_last": 2,
@@ -82,6 +83,7 @@ def get_config(part: str = "dmd") -> ConfigDict:
         "ema_decay": 0.98,
         "ema_start_step": 100,
         "optimizer": optimizer | {
-            "name": "muon", "learning_rate": 4e-4, "schedule": "cosine", "warmup_steps": 60, "final_fraction": 0.1,
+            "name": "muon", "learning_rate": 1e-4 if gan else 4e-4, "schedule": "cosine", "warmup_steps": 60,
+            "final_fraction": 0.1,
         },
     })
