@@ -322,6 +322,18 @@ class Errors(NamedTuple):
 ErrorFunction = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], Errors]
 
 
+def checked_level_weights(weights: tuple[float, ...], levels: int) -> tuple[float, ...]:
+    """One weight per level; none given means 1 for all.
+
+    Raises:
+      UserError: another number of weights, or one that is not positive.
+    """
+    require(not weights or (len(weights) == levels and min(weights) > 0),
+            f"objective.level_weights: one positive number for each of the {levels} levels, or none, "
+            f"got {list(weights)}")
+    return tuple(weights) or (1.0,) * levels
+
+
 def has_history(frames: jax.Array) -> jax.Array:
     """Which samples have any anchor or history left: [B, 1 + 19, h, w, C] -> bool [B]."""
     return jnp.any(frames != 0, axis=(1, 2, 3, 4))

@@ -51,12 +51,16 @@ class Config(FlowConfig):
       sample_ratios: noisy versions of a sample per level, lowest resolution first; their number is that of the levels.
       stage_range: borders of the levels in the flow.
       gamma: correlation of the block noise that sampling adds between levels; sets the start points.
+      level_weights: of each level's errors, in the loss and in its curves; all 1 if not given, as in the original. A
+        level's velocity spans a part of the flow only, so its errors are small: with three equal parts, those of level
+        0 are a ninth of what they would be over the whole flow.
     """
 
     timesteps: str = "uniform"
     sample_ratios: tuple[int, ...] = (1, 2, 1)
     stage_range: tuple[float, ...] = (0.0, 1 / 3, 2 / 3, 1.0)
     gamma: float = 1 / 3
+    level_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,6 +69,7 @@ class Config(FlowConfig):
         require(len(self.stage_range) == len(self.sample_ratios) + 1,
                 f"objective.stage_range: {len(self.sample_ratios) + 1} borders for {len(self.sample_ratios)} levels, "
                 f"got {len(self.stage_range)}")
+        flow.checked_level_weights(self.level_weights, len(self.sample_ratios))
         stage_table(self.scheduler)  # checks the borders and gamma
 
     @property
@@ -126,14 +131,15 @@ def prepare(config: Config, layout: HistoryLayout, random: Randomness, item: dic
 def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
                 weights: TrainedWeights) -> flow.ErrorFunction:
     """The squared errors of a batch, see :data:`helios_jax.training.flow.ErrorFunction`."""
+    level_weights = flow.checked_level_weights(config.level_weights, len(config.sample_ratios))
 
     def errors(params, frozen, batch: dict[str, jax.Array], keys: jax.Array) -> Errors:
         examples = flow.draw_examples(prepare, config, layout, keys, batch, frozen["empty"])
         context = Context(examples.frames, examples.text, examples.text_length)
         predicted = level_velocities(model, weights.variables(params, frozen), layout, context,
                                      [(level.noisy, level.timestep) for level in examples.levels])
-        squared = [jnp.square(velocity - level.velocity[:, None]).mean((2, 3, 4, 5))  # [B, r]
-                   for velocity, level in zip(predicted, examples.levels, strict=True)]
+        squared = [weight * jnp.square(velocity - level.velocity[:, None]).mean((2, 3, 4, 5))  # [B, r]
+                   for weight, velocity, level in zip(level_weights, predicted, examples.levels, strict=True)]
         sigma = jnp.concatenate([level.sigma for level in examples.levels], axis=1)
         return Errors(jnp.concatenate(squared, axis=1), sigma < 0.5, flow.has_history(examples.frames))
 

@@ -47,17 +47,20 @@ class Config(ModelConfig):
       sections: K, sections chosen of each record.
       weight: of the loss.
       levels: pyramid levels of the records.
+      level_weights: of each level's errors besides, as in :class:`helios_jax.training.stage2.Config`.
     """
 
     sample: SampleConfig = SampleConfig(steps=2, guidance=1.0)
     sections: int = 3
     weight: float = 80.0
     levels: int = 3
+    level_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
         for field in ("sections", "weight", "levels"):
             require(getattr(self, field) > 0, f"objective.{field}: must be positive, got {getattr(self, field)}")
+        flow.checked_level_weights(self.level_weights, self.levels)
         require(self.sample.guidance <= 1,
                 f"objective.sample.guidance: a distilled model is sampled without (1), got {self.sample.guidance}")
 
@@ -73,6 +76,7 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
     The batch is that of :func:`helios_jax.data.ode_records.ode_item`; it holds every random choice, so the keys are
     not used.
     """
+    level_weights = flow.checked_level_weights(config.level_weights, config.levels)
 
     def errors(params, frozen, batch: dict[str, jax.Array], keys: jax.Array) -> Errors:
         del keys
@@ -86,7 +90,7 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
         squared = []
         for level, (x, velocity) in enumerate(zip(noisy, velocities, strict=True)):
             end = x0(velocity[:, 0], x, merged["sigma"][:, level])  # [B K, 9, h_i, w_i, C]
-            squared.append(0.5 * config.weight * jnp.square(end - merged[f"end_{level}"]).mean((1, 2, 3, 4)))
+            squared.append(0.5 * config.weight * level_weights[level] * jnp.square(end - merged[f"end_{level}"]).mean((1, 2, 3, 4)))
         return Errors(jnp.stack(squared, axis=1), merged["sigma"] < 0.5, flow.has_history(merged["frames"]))
 
     return errors
