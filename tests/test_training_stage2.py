@@ -213,6 +213,17 @@ def test_post_ratios_weigh_every_level_by_a_third():
     np.testing.assert_allclose(loss, np.mean([metrics[f"loss_level_{i}"] for i in range(3)]), rtol=1e-6)
 
 
+def test_level_weights_weigh_the_errors_of_their_level():
+    model, params = model_and_params()
+    plain, weighted = (jax.jit(loss_of(stage2, config_of(level_weights=weights), model))(
+        params, {"empty": EMPTY}, batch_of(3), jax.random.key(0)) for weights in ((), (8.0, 3.0, 0.5)))
+    for level, weight in enumerate((8.0, 3.0, 0.5)):
+        np.testing.assert_allclose(weighted[1][f"loss_level_{level}"], weight * plain[1][f"loss_level_{level}"],
+                                   rtol=1e-6)
+    expected = (8 * plain[1]["loss_level_0"] + 2 * 3 * plain[1]["loss_level_1"] + 0.5 * plain[1]["loss_level_2"]) / 4
+    np.testing.assert_allclose(weighted[0], expected, rtol=1e-6)  # one, two and one noisy versions
+
+
 def test_bfloat16_gradients_are_finite_at_every_level_and_reach_every_parameter():
     config = config_of(dtype="bfloat16", sample_ratios=(1, 1, 1))
     model, params = model_and_params("bfloat16")
@@ -234,6 +245,8 @@ def test_bfloat16_gradients_are_finite_at_every_level_and_reach_every_parameter(
     ({"sample_ratios": (1,)}, "objective.sample_ratios"), ({"sample_ratios": (1, 0, 1)}, "objective.sample_ratios"),
     ({"sample_ratios": (1, 1)}, "objective.stage_range: 3 borders"), ({"gamma": 0.5}, "gamma"),
     ({"stage_range": (0.0, 0.7, 0.5, 1.0)}, "stage_range"),
+    ({"level_weights": (1.0, 2.0)}, "objective.level_weights: one positive number for each of the 3 levels"),
+    ({"level_weights": (1.0, 0.0, 1.0)}, "objective.level_weights"),
 ])
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(UserError, match=message):

@@ -102,6 +102,15 @@ def test_loss_and_gradient_equal_the_formulas_in_float64():
     np.testing.assert_allclose(again, value, rtol=1e-6)  # every random choice is in the batch
 
 
+def test_level_weights_weigh_the_errors_of_their_level():
+    batch, params = batch_of(), toy_params()
+    loss = loss_of(stage3_ode, Config(data="", level_weights=(8.0, 3.0, 0.5)), Toy())
+    value, metrics = jax.jit(loss)(params, {}, batch, jax.random.key(0))
+    per_level = reference(batch, params, 80.0)[2] * (8.0, 3.0, 0.5)
+    np.testing.assert_allclose(value, per_level.mean(), rtol=2e-6)
+    np.testing.assert_allclose([metrics[f"loss_level_{level}"] for level in range(3)], per_level, rtol=2e-6)
+
+
 def test_the_loss_vanishes_where_one_step_hits_the_end():
     config, batch = Config(data=""), batch_of()
     straight = {f"end_{i}": batch[f"noisy_{i}"] - batch["sigma"][..., i, None, None, None, None] for i in range(3)}
@@ -127,7 +136,8 @@ def test_gradients_reach_every_parameter_of_the_transformer():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"sections": 0}, "objective.sections: must be positive"), ({"weight": 0.0}, "objective.weight"),
+    ({"sections": 0}, "objective.sections: must be positive"),
+    ({"level_weights": (1.0,)}, "objective.level_weights"), ({"weight": 0.0}, "objective.weight"),
     ({"sample": SampleConfig(guidance=5.0)}, "objective.sample.guidance: a distilled model is sampled without"),
 ])
 def test_wrong_settings_are_named(change, message):

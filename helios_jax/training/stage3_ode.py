@@ -90,7 +90,8 @@ def make_errors(config: Config, layout: HistoryLayout, model: HeliosTransformer,
         squared = []
         for level, (x, velocity) in enumerate(zip(noisy, velocities, strict=True)):
             end = x0(velocity[:, 0], x, merged["sigma"][:, level])  # [B K, 9, h_i, w_i, C]
-            squared.append(0.5 * config.weight * level_weights[level] * jnp.square(end - merged[f"end_{level}"]).mean((1, 2, 3, 4)))
+            weight = 0.5 * config.weight * level_weights[level]
+            squared.append(weight * jnp.square(end - merged[f"end_{level}"]).mean((1, 2, 3, 4)))
         return Errors(jnp.stack(squared, axis=1), merged["sigma"] < 0.5, flow.has_history(merged["frames"]))
 
     return errors
