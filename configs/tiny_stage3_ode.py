@@ -1,6 +1,6 @@
 """The model in the box takes its Mid model's trajectories in few steps: the first part of its distillation.
 
-  python -m helios_jax.tools.ode_pairs --model runs/stage2/export --prompts data/latents --output data/ode \
+  python -m helios_jax.tools.ode_pairs --model runs/stage2_history/export --prompts data/latents --output data/ode \
       --shift-from previous --batch 8 --sections 3 --steps 10 --limit 480
   python train.py --config configs/tiny_stage3_ode.py --workdir runs/stage3_ode
 
@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
         "objective": {
             "name": "stage3_ode",
             "data": "data/ode",
-            "model": "runs/stage2/export",
-            "init_from": "runs/stage2/export",
+            "model": "runs/stage2_history/export",
+            "init_from": "runs/stage2_history/export",
             "transformer": {
                 "num_attention_heads": 5, "attention_head_dim": 32, "rope_dim": (12, 10, 10), "num_layers": 6,
                 "ffn_dim": 640, "text_dim": 64, "freq_dim": 128,
@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
             "sections": 3,
             "weight": 80.0,
             "levels": 3,
+            "level_weights": (8.0, 2.0, 1.0),
             "sample": {
                 "prompts": (
                     "a red circle moves to the right over a dark background",

@@ -79,7 +79,7 @@ def test_a_chain_that_failed_goes_on_where_it_stopped(project, monkeypatch, caps
     assert code == 2 and "stage3_ode: ended with exit code 3" in capsys.readouterr().err
     code, stopped = run(monkeypatch, "--first", "stage2", stopped="runs/stage3_ode")
     assert code == 2 and "without runs/stage3_ode/export" in capsys.readouterr().err and len(stopped) == 1
-    assert [command[0] for command in first] == ["train.py", "-m", "train.py"]
+    assert [command[0] for command in first] == ["train.py"] * 3 + ["-m", "train.py"]
     assert "--config.objective.init_from=assets/helios-tiny" in first[0]
     code, second = run(monkeypatch, "--first", "stage2")
     assert code == 0 and [command[4] for command in second] == ["runs/stage3_ode", "runs/stage3_dmd", "runs/stage3_gan"]
@@ -87,8 +87,8 @@ def test_a_chain_that_failed_goes_on_where_it_stopped(project, monkeypatch, caps
 
 
 def test_what_was_made_from_another_model_is_made_again(project, monkeypatch):
-    assert len(run(monkeypatch, "--first", "stage2")[1]) == 5
-    assert len(run(monkeypatch, "--first", "stage1/longer")[1]) == 6  # stage2 starts from its result now
+    assert len(run(monkeypatch, "--first", "stage2")[1]) == 7
+    assert len(run(monkeypatch, "--first", "stage1/longer")[1]) == 8  # stage2 starts from its result now
     assert run(monkeypatch, "--first", "stage1/longer") == (0, [])
 
 

@@ -124,6 +124,8 @@ def test_the_model_in_the_box_continues_as_mid():
     box = TransformerConfig.from_file(CONFIGS.parent / "assets/helios-tiny/transformer/config.json")
     assert run.objective.transformer == box and run.objective.init_from == "assets/helios-tiny"
     assert run.objective.scheduler.stages == 3 and run.objective.lora.rank == 0
+    again = parsed("tiny_stage2", "history")
+    assert again.objective.init_from == "runs/stage2/export" and again.objective.level_weights == (8.0, 3.0, 1.0)
 
 
 @pytest.mark.parametrize("part", ["post", "gan"])
