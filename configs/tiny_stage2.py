@@ -10,7 +10,7 @@ cannot have three levels.
 
 After the first run a chunk moves as the caption says but begins anywhere: the two lower levels do not look where the
 object was. Their part of the loss is small, and what history tells is a small part of that. The second run goes on
-from the first (runs/stage2/export) with weights that make the levels' losses alike, and with more and cleaner histories.
+from the first (runs/stage2/export) with weights that make the levels' losses alike, and more and cleaner histories.
 
 Hardware: any CPU of two cores with 4 GB of memory, or one GPU or TPU chip.
 Time: 1.2 s per step on two cores of an Intel Xeon, with five noisy versions of each of 8 samples; history 1.35 s.
