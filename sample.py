@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from helios_jax.sharding import MeshConfig
     from helios_jax.video import VideoWriter
 
-BOX = Path(__file__).resolve().parent / "assets" / "helios-tiny"
+BOX = Path(__file__).resolve().parent / "assets" / "helios-tiny-distilled"
 SUFFIXES = ("mp4", "gif", "png")
 
 EXAMPLES = """examples:
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
     model = p.add_argument_group("model")
     model.add_argument("--model", metavar="ID_OR_FOLDER", help="hub id or folder, published layout or as written by "
-                       "python -m helios_jax.convert (default: the small model in the box)")
+                       "python -m helios_jax.convert (default: the small Distilled model in the box)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of transformer and text encoder "
                        "(default float32 on a CPU, else bfloat16)")
     model.add_argument("--vae_dtype", choices=("float32", "bfloat16"), help="of the video decoder and encoder (default "

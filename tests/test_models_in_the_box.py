@@ -9,19 +9,19 @@ import pytest
 from helios_jax.pipeline.pipeline import HeliosPipeline
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-BASE, MID = ASSETS / "helios-tiny", ASSETS / "helios-tiny-mid"
+BASE, MID, DISTILLED = (ASSETS / f"helios-tiny{variant}" for variant in ("", "-mid", "-distilled"))
 
 
-@pytest.mark.parametrize("folder", [BASE, MID], ids=["base", "mid"])
+@pytest.mark.parametrize("folder", [BASE, MID, DISTILLED], ids=["base", "mid", "distilled"])
 def test_each_variant_loads_and_names_itself(folder, request):
     pipe = HeliosPipeline.from_pretrained(folder)
     assert pipe.index.variant == request.node.callspec.id and pipe.index.native_size == (64, 128)
 
 
 def test_what_the_variants_share_is_stored_once_and_all_of_it_is_small():
-    stored = {path.resolve() for folder in (BASE, MID) for path in folder.rglob("*") if path.is_file()}
+    stored = {path.resolve() for folder in (BASE, MID, DISTILLED) for path in folder.rglob("*") if path.is_file()}
     sizes = {path: path.stat().st_size for path in stored}
     assert sum(sizes.values()) <= 35e6
     assert sum(size for path, size in sizes.items() if path.is_relative_to(BASE)) <= 12e6
     for name in ("vae", "text_encoder", "tokenizer"):
-        assert (MID / name).resolve() == BASE / name
+        assert (MID / name).resolve() == (DISTILLED / name).resolve() == BASE / name
