@@ -7,7 +7,7 @@ It starts from the result of configs/tiny_stage3_ode.py; teacher and critic are 
 configs/tiny_stage1.py. The student is trained on the grid that samplers use (shift_from previous).
 
 Hardware: any CPU of two cores with 4 GB of memory, or one GPU or TPU chip.
-Time: 3.4 to 4.1 s per step on one core of an Intel Xeon, 21 minutes in all. gan: 4.6 s; only 50 steps were tried.
+Time: 3.4 to 4.7 s per step on one core of an Intel Xeon, 23 minutes in all. gan: 4.6 s; only 50 steps were tried.
 Result: runs/stage3_dmd/export, a distilled model for sample.py and for diffusers (HeliosPyramidPipeline).
 
 All parameters of the student are trained and their average is kept; the critic has adapters. gan adds small heads

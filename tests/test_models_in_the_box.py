@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import sample
 from helios_jax.pipeline.pipeline import HeliosPipeline
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -16,6 +17,10 @@ BASE, MID, DISTILLED = (ASSETS / f"helios-tiny{variant}" for variant in ("", "-m
 def test_each_variant_loads_and_names_itself(folder, request):
     pipe = HeliosPipeline.from_pretrained(folder)
     assert pipe.index.variant == request.node.callspec.id and pipe.index.native_size == (64, 128)
+
+
+def test_the_default_of_sampling_is_distilled():
+    assert sample.BOX == DISTILLED
 
 
 def test_what_the_variants_share_is_stored_once_and_all_of_it_is_small():

@@ -1,6 +1,6 @@
 """Samples a few prompts and puts evenly spaced frames of each into one picture.
 
-    python -m helios_jax.tools.contact_sheet --model assets/helios-tiny --output assets/contact_sheet.png \\
+    python -m helios_jax.tools.contact_sheet --model assets/helios-tiny-distilled --output assets/contact_sheet.png \\
         --prompt "a red circle moves to the right over a dark background" --prompt "..."
 """
 

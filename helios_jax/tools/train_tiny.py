@@ -1,13 +1,14 @@
 """Makes the models in the box from nothing, one command after another.
 
     python -m helios_jax.tools.train_tiny                                # everything; goes on where it stopped
-    python -m helios_jax.tools.train_tiny --first stage2 --last gan      # from the Base model in assets/ on
+    python -m helios_jax.tools.train_tiny --first stage2                 # from the Base model in assets/ on
     python -m helios_jax.tools.train_tiny --list
 
 Run it in the folder of train.py. Data go to data/, runs to runs/, and nothing in assets/ is touched. A step that is
 complete is not repeated (a training resumes from its last checkpoint); its command and seconds stand in
-runs/tiny.json. What the models in assets/ were made by is in docs/model_card.md: the same commands from stage2 on, an
-older sequence of stage-1 runs before. The chain has not been run in one piece.
+runs/tiny.json. What the models in assets/ were made by is in docs/model_card.md: the same commands from stage2 on,
+with stage2_more stopped at step 600, and an older sequence of stage-1 runs before. The chain has not been run in one
+piece.
 """
 
 from __future__ import annotations
