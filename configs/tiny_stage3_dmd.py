@@ -38,7 +38,7 @@ def get_config(part: str = "dmd") -> ConfigDict:
             "teacher": "assets/helios-tiny",
             "transformer": {
                 "num_attention_heads": 5, "attention_head_dim": 32, "rope_dim": (12, 10, 10), "num_layers": 6,
-                "ffn_dim": 640, "text_dim": 64, "freq_dim": 128,
+                "ffn_dim": 640, "text_dim": 64, "freq_dim": 128, "restrict_self_attn": False,
             },
             "lora": {"rank": 0, "alpha": 0.0, "targets": ("all-linear",), "full": (), "base_dtype": "float32"},
             "critic": {

@@ -22,7 +22,8 @@ def options(command: tuple[str, ...]) -> dict[str, str]:
 def test_every_command_is_valid_and_starts_from_what_came_before(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     made = {str(train_tiny.PARTS)}
-    for step in train_tiny.steps(train_tiny.PARTS, Path("runs/stage1/longer/export")):
+    for step in train_tiny.steps(train_tiny.PARTS, Path("runs/stage1/longer/export"),
+                                 Path("runs/stage2_history/export")):
         if step.command[0] == "train.py":
             run, workdir, _ = train.parse_arguments(list(step.command))
             names = ("init_from", "data", "model", "teacher")
@@ -82,14 +83,23 @@ def test_a_chain_that_failed_goes_on_where_it_stopped(project, monkeypatch, caps
     assert [command[0] for command in first] == ["train.py"] * 3 + ["-m", "train.py"]
     assert "--config.objective.init_from=assets/helios-tiny" in first[0]
     code, second = run(monkeypatch, "--first", "stage2")
-    assert code == 0 and [command[4] for command in second] == ["runs/stage3_ode", "runs/stage3_dmd", "runs/stage3_gan"]
+    assert code == 0 and [command[4] for command in second] == ["runs/stage3_ode", "runs/stage3_dmd"]
     assert run(monkeypatch, "--first", "stage2") == (0, [])
 
 
 def test_what_was_made_from_another_model_is_made_again(project, monkeypatch):
-    assert len(run(monkeypatch, "--first", "stage2")[1]) == 7
-    assert len(run(monkeypatch, "--first", "stage1/longer")[1]) == 8  # stage2 starts from its result now
+    assert len(run(monkeypatch, "--first", "stage2")[1]) == 6
+    assert len(run(monkeypatch, "--first", "stage1/longer")[1]) == 7  # stage2 starts from its result now
     assert run(monkeypatch, "--first", "stage1/longer") == (0, [])
+
+
+def test_distillation_starts_from_the_shipped_mid_model_or_from_a_new_one(project, monkeypatch):
+    pairs, regression, *_ = run(monkeypatch, "--first", "ode")[1]
+    assert options(tuple(pairs))["--model"] == "assets/helios-tiny-mid"
+    assert "--config.objective.init_from=assets/helios-tiny-mid" in regression
+    pairs, regression, *_ = run(monkeypatch, "--first", "stage2_history")[1][1:]
+    assert options(tuple(pairs))["--model"] == "runs/stage2_history/export"
+    assert "--config.objective.init_from=runs/stage2_history/export" in regression
 
 
 def test_shared_components_come_from_the_runs_that_made_them(project, monkeypatch):

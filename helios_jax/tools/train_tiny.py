@@ -2,13 +2,13 @@
 
     python -m helios_jax.tools.train_tiny                                # everything; goes on where it stopped
     python -m helios_jax.tools.train_tiny --first stage2                 # from the Base model in assets/ on
+    python -m helios_jax.tools.train_tiny --first ode                    # from the Mid model in assets/ on
+    python -m helios_jax.tools.train_tiny --last restricted/stage3_gan   # and the same with restrict_self_attn
     python -m helios_jax.tools.train_tiny --list
 
 Run it in the folder of train.py. Data go to data/, runs to runs/, and nothing in assets/ is touched. A step that is
 complete is not repeated (a training resumes from its last checkpoint); its command and seconds stand in
-runs/tiny.json. What the models in assets/ were made by is in docs/model_card.md: the same commands from stage2 on,
-with stage2_more stopped at step 600, and an older sequence of stage-1 runs before. The chain has not been run in one
-piece.
+runs/tiny.json.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from helios_jax.data.pipeline import DATASET_FILE
 from helios_jax.data.writing import write_json
 from helios_jax.errors import UserError, command_line
 
-BOX, PARTS, RECORD = Path("assets/helios-tiny"), Path("runs/parts"), Path("runs/tiny.json")
+BOX, BOX_MID = Path("assets/helios-tiny"), Path("assets/helios-tiny-mid")
+PARTS, RECORD = Path("runs/parts"), Path("runs/tiny.json")
 SHARED = ("vae", "text_encoder", "tokenizer")
+LAST = "stage3_dmd"  # what comes after it is for comparison
 
 
 class Step(NamedTuple):
@@ -50,19 +52,31 @@ def train(name: str, config: str, *changes: str) -> Step:
                        *(f"--config.{change}" for change in changes)))
 
 
-def steps(parts: Path, base: Path) -> list[Step]:
-    """All steps in order; ``parts`` holds VAE, text encoder and tokenizer, ``base`` the finished model of stage 1."""
+def steps(parts: Path, base: Path, mid: Path) -> list[Step]:
+    """All steps in order.
+
+    Args:
+      parts: holds VAE, text encoder and tokenizer.
+      base, mid: finished models of stages 1 and 2.
+    """
     shared = f"objective.model={parts}"
-    data = ("-m", "helios_jax.data.build_latents", "--model", str(parts), "--sections", "4")
-    student = (shared, f"objective.teacher={base}")
+    build = ("-m", "helios_jax.data.build_latents", "--model", str(parts), "--sections", "4")
+    teacher = f"objective.teacher={base}"
+    restricted = "objective.transformer.restrict_self_attn=True"
+
+    def pairs(name: str, model: Path | str) -> Step:
+        return Step(name, ("-m", "helios_jax.tools.ode_pairs", "--model", str(model), "--prompts", "data/latents",
+                           "--output", f"data/{name}", "--shift-from", "previous", "--batch", "8", "--sections", "3",
+                           "--steps", "10", "--limit", "480"))
+
     return [
         train("vae/images", "tiny_autoencoder.py:images"),
         train("vae/clips", "tiny_autoencoder.py:clips"),
         train("text_encoder", "tiny_text_encoder.py"),
-        Step("latents-square", (*data, "--output", "data/latents-square", "--clips", "1536", "--width", "64"),
+        Step("latents-square", (*build, "--output", "data/latents-square", "--clips", "1536", "--width", "64"),
              ("vae/clips", "text_encoder")),
         train("stage1/square", "tiny_stage1.py:square", shared),
-        Step("latents", (*data, "--output", "data/latents", "--clips", "1024")),
+        Step("latents", (*build, "--output", "data/latents", "--clips", "1024")),
         train("stage1/wide", "tiny_stage1.py:wide", shared),
         train("stage1/longer", "tiny_stage1.py:wide", shared, "objective.init_from=runs/stage1/wide/export",
               "objective.task_mix.t2v=0.3", "seed=2", "num_steps=900", "optimizer.learning_rate=1.2e-3"),
@@ -70,12 +84,18 @@ def steps(parts: Path, base: Path) -> list[Step]:
         train("stage2_more", "tiny_stage2.py:history", shared, "objective.level_weights=(1.0,1.0,1.0)",
               "objective.task_mix.v2v=0.4", "seed=5"),
         train("stage2_history", "tiny_stage2.py:history", shared, "objective.init_from=runs/stage2_more/export"),
-        Step("ode", ("-m", "helios_jax.tools.ode_pairs", "--model", "runs/stage2_history/export", "--prompts",
-                     "data/latents", "--output", "data/ode", "--shift-from", "previous", "--batch", "8", "--sections",
-                     "3", "--steps", "10", "--limit", "480")),
-        train("stage3_ode", "tiny_stage3_ode.py", shared),
-        train("stage3_dmd", "tiny_stage3_dmd.py", *student),
-        train("stage3_gan", "tiny_stage3_dmd.py:gan", *student),
+        pairs("ode", mid),
+        train("stage3_ode", "tiny_stage3_ode.py", shared, f"objective.init_from={mid}"),
+        train("stage3_dmd", "tiny_stage3_dmd.py", shared, teacher),
+        train("stage3_gan", "tiny_stage3_dmd.py:gan", shared, teacher),
+        train("restricted/stage2", "tiny_stage2.py:history", shared, f"objective.init_from={mid}", restricted),
+        pairs("ode-restricted", "runs/restricted/stage2/export"),
+        train("restricted/stage3_ode", "tiny_stage3_ode.py", shared, "objective.data=data/ode-restricted",
+              "objective.init_from=runs/restricted/stage2/export", restricted),
+        train("restricted/stage3_dmd", "tiny_stage3_dmd.py", shared, teacher,
+              "objective.init_from=runs/restricted/stage3_ode/export", restricted),
+        train("restricted/stage3_gan", "tiny_stage3_dmd.py:gan", shared, teacher,
+              "objective.init_from=runs/restricted/stage3_dmd/export", restricted),
     ]
 
 
@@ -92,10 +112,11 @@ def assemble(sources: tuple[str, ...]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helios_jax.tools.train_tiny", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [step.name for step in steps(BOX, BOX)]
+    names = [step.name for step in steps(BOX, BOX, BOX_MID)]
     parser.add_argument("--first", choices=names, default=names[0], metavar="STEP", help="where to begin; what comes "
-                        "before it is taken from assets/helios-tiny and data/")
-    parser.add_argument("--last", choices=names, default=names[-1], metavar="STEP", help="where to end")
+                        "before it is taken from assets/ and data/")
+    parser.add_argument("--last", choices=names, default=LAST, metavar="STEP", help=f"where to end; default: {LAST}, "
+                        "which completes the models in assets/")
     parser.add_argument("--list", action="store_true", help="print the commands and end")
     arguments = parser.parse_args(argv)
     first, last = names.index(arguments.first), names.index(arguments.last)
@@ -105,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("train_tiny: run it in the folder of train.py and configs/")
     parts = PARTS if first <= names.index("text_encoder") else BOX
     base = Path("runs/stage1/longer/export") if first <= names.index("stage1/longer") else BOX
-    chosen = steps(parts, base)[first : last + 1]
+    mid = Path("runs/stage2_history/export") if first <= names.index("stage2_history") else BOX_MID
+    chosen = steps(parts, base, mid)[first : last + 1]
     if arguments.list:
         print("\n".join(f"python {' '.join(step.command)}" for step in chosen))
         return 0
