@@ -3,8 +3,9 @@
   python train.py --config configs/tiny_stage3_dmd.py --workdir runs/stage3_dmd
   python train.py --config configs/tiny_stage3_dmd.py:gan --workdir runs/stage3_gan
 
-It starts from the result of configs/tiny_stage3_ode.py; teacher and critic are assets/helios-tiny. Data as for
-configs/tiny_stage1.py. The student is trained on the grid that samplers use (shift_from previous).
+The first starts from the result of configs/tiny_stage3_ode.py, gan from the first; teacher and critic are
+assets/helios-tiny. Data as for configs/tiny_stage1.py. The student is trained on the grid that samplers use
+(shift_from previous).
 
 Hardware: any CPU of two cores with 4 GB of memory, or one GPU or TPU chip.
 Time: 3.4 to 4.7 s per step on one core of an Intel Xeon, 23 minutes in all. gan: 4.6 s; only 50 steps were tried.

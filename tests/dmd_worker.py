@@ -1,6 +1,9 @@
 """Trains student, critic and heads of a small model in a process of its own; see test_training_stage3_dmd_runs.py.
 
     python dmd_worker.py FOLDER CASE...   writes FOLDER/<case>/metrics.jsonl; the case "killed" ends by SIGKILL
+
+"whole", "killed" and "resumed" are one run on one device, in which not everybody plays in every step; "one" and the
+meshes are another, in which everything takes part from the first step on.
 """
 
 from __future__ import annotations
@@ -41,20 +44,25 @@ def prepare(folder: Path) -> None:
                         scheduler=SchedulerConfig())
 
 
-def values_of(folder: Path, mesh: dict | None = None) -> dict:
-    """The run: the student plays in steps 0, 2, 4; the adversarial part begins at step 2, the average at step 3."""
+def values_of(folder: Path, case: str) -> dict:
+    """The run. In turns: the student plays in every second step, the adversarial part begins at step 2, and the
+    student's third turn, in step 4, is the first in which the average is more than a copy."""
+    in_turns = case in ("whole", "killed", "resumed")
     optimizer = {"name": "adamw", "learning_rate": 3e-3, "schedule": "constant", "b1": 0.0}
     return {
         "objective": {
             "name": "stage3_dmd", "data": str(folder / "latents"), "transformer": TRANSFORMER,
             "init_from": str(folder / "student"), "teacher": str(folder / "teacher"), "lora": LORA,
-            "critic": {"lora": LORA, "optimizer": optimizer | {"learning_rate": 1e-3}}, "student_every": 2,
+            "critic": {"lora": LORA, "optimizer": optimizer | {"learning_rate": 1e-3}},
+            "student_every": 2 if in_turns else 1,
             "rollout": {"steps": (1, 2)}, "stage_range": (0.0, 0.5, 1.0), "renoise": {"decay_steps": 3},
             "corruption": {"saturation": True},
-            "gan": {"width": 8, "groups": 1, "blocks": (0,), "start_step": 2, "crop": 1},
+            # Wide enough that a kernel of 3x3x3x64x64 is divided over fsdp.
+            "gan": {"width": 64, "groups": 4, "blocks": (0,), "start_step": 2 if in_turns else 0, "crop": 1},
         },
-        "batch_size": 8, "num_steps": 5, "log_every": 1, "checkpoint_every": 2, "seed": 3, "ema_decay": 0.9,
-        "ema_start_step": 3, "tensorboard": False, "optimizer": optimizer, "mesh": mesh or {},
+        "batch_size": 8, "num_steps": 9 if in_turns else 5, "log_every": 1, "checkpoint_every": 2, "seed": 3,
+        "ema_decay": 0.9, "ema_start_step": 1, "tensorboard": False, "optimizer": optimizer,
+        "mesh": MESHES.get(case, {}),
     }
 
 
@@ -68,11 +76,11 @@ def main(folder: Path, cases: list[str]) -> None:
     for case in cases:
         def watch(line: str, case: str = case) -> None:
             report(line)
-            if case == "killed" and line.startswith("step 4/"):
+            if case == "killed" and line.startswith("step 8/"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         name = "killed" if case == "resumed" else case
-        train(run_config(values_of(folder, MESHES.get(case))), folder / name, print_line=watch)
+        train(run_config(values_of(folder, case)), folder / name, print_line=watch)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helios_jax.config import SchedulerConfig, TransformerConfig
-from helios_jax.convert.export import config_json
+from helios_jax.config import ModelIndex, SchedulerConfig, TransformerConfig
+from helios_jax.convert.export import config_json, export_pipeline
 from helios_jax.convert.rules import abstract_params
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.noise import SeededNoise
 from helios_jax.errors import UserError
 from helios_jax.models.transformer import HeliosTransformer
 from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
+from helios_jax.training.flow import ModelConfig, as_stored, start_values
+from helios_jax.training.weights import LoraConfig
 
 LAYOUT = HistoryLayout()
 PLAIN = TransformerConfig(num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, text_dim=6,
@@ -115,3 +117,21 @@ def test_the_option_is_written_only_where_it_is_on_and_refused_where_it_makes_no
     model = HeliosTransformer(PLAIN)
     with pytest.raises(UserError, match="restrict_self_attn: must be true"):
         model.history_context(variables_of(PLAIN), inputs()[3])
+
+
+def test_what_was_trained_with_it_is_not_trained_or_asked_without(tmp_path):
+    """A run may restrict what its base did not. A teacher runs as it was trained, whatever the student does."""
+    for name, config in (("free", PLAIN), ("bound", RESTRICTED)):
+        export_pipeline(tmp_path / name, {"transformer": variables_of(config)["params"]}, {"transformer": config},
+                        index=ModelIndex(), scheduler=SchedulerConfig())
+
+    def start(folder: str, config: TransformerConfig):
+        return start_values(str(tmp_path / folder), "objective.init_from", LoraConfig(), None, config, 0)
+
+    assert all(start(*case)[1] for case in (("free", PLAIN), ("free", RESTRICTED), ("bound", RESTRICTED)))
+    with pytest.raises(UserError, match="restrict_self_attn: .*bound was trained with it, got False"):
+        start("bound", PLAIN)
+    for student in (PLAIN, RESTRICTED):
+        asked = ModelConfig(data="", transformer=student)
+        assert not as_stored(asked, str(tmp_path / "free")).transformer.restrict_self_attn
+        assert as_stored(asked, str(tmp_path / "bound")).transformer.restrict_self_attn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 import training_toy_config
 
 from helios_jax.errors import UserError
-from helios_jax.training.checkpoint import Checkpointer, read_params
+from helios_jax.training.checkpoint import Checkpointer, guard_config, read_params
 from helios_jax.training.config import run_config
 from helios_jax.training.loop import train
 
@@ -169,6 +170,20 @@ def test_a_constant_rate_may_be_trained_longer(tmp_path):
     assert train(toy_run(num_steps=20, optimizer=constant), tmp_path / "parts", print_line=quiet).step == 20
     train(toy_run(num_steps=20, optimizer=constant), tmp_path / "whole", print_line=quiet)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_may_be_longer_only_where_the_rates_of_all_players_are_constant(tmp_path):
+    def run(num_steps: int, critic: str):
+        return run_config({"objective": {"name": "stage3_dmd", "data": "", "teacher": "teacher",
+                                         "critic": {"optimizer": {"schedule": critic}}},
+                           "batch_size": 1, "num_steps": num_steps, "optimizer": {"schedule": "constant"}})
+
+    for critic in ("constant", "cosine"):
+        folder = tmp_path / critic
+        folder.mkdir()
+        guard_config(folder, run(10, critic))
+        with pytest.raises(UserError, match="num_steps") if critic == "cosine" else contextlib.nullcontext():
+            guard_config(folder, run(20, critic))
 
 
 def test_a_damaged_checkpoint_is_one_line_and_nothing_is_overwritten(tmp_path):

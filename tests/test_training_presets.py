@@ -141,6 +141,10 @@ def test_distillation_has_the_values_of_the_specification(part):
                                                                                                   750)
     assert (objective.lora.rank, objective.lora.targets) == (256, ("all-linear", *PATCHES))
     assert (objective.critic.lora.rank, objective.critic.lora.targets) == (256, ("all-linear",))
+    for lora, millions in ((objective.lora, 1251.4), (objective.critic.lora, 1246.3)):
+        weights = trained_weights(lora, HeliosTransformer(objective.transformer))
+        trained = jax.tree.leaves(jax.eval_shape(weights.init, jax.random.key(0)))
+        assert round(sum(leaf.size for leaf in trained) / 1e6, 1) == millions
     assert (objective.init_from, objective.teacher) == ("runs/stage3_ode/export", "runs/stage1_post/export")
     assert (objective.student_every, objective.guidance, objective.rollout.steps) == (5, 3.0, (2, 2, 2))
     assert objective.rollout.amplify_first_chunk and objective.rollout.shift_from == "own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helios_jax.data.random_latents import write_random_latents
 from helios_jax.diffusion import few_step
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.schedules import stage_table
@@ -19,11 +21,11 @@ from helios_jax.training import flow
 from helios_jax.training.config import OptimizerConfig, run_config
 from helios_jax.training.objective import Objective, Player, Turn
 from helios_jax.training.program import Optimizers, initial_state, make_step
-from helios_jax.training.stage3_dmd import Config, CriticConfig, Draws, Game, GanConfig, Network
+from helios_jax.training.stage3_dmd import Config, CriticConfig, Draws, Game, GanConfig, Network, build
 from helios_jax.training.weights import LoraConfig
 
 LAYOUT = HistoryLayout()
-H, W, C, BATCH = 8, 8, 2, 3
+H, W, C, BATCH = 16, 16, 2, 3
 MU = [0.5 + (9 * (H >> i) * (W >> i) / 4 - 256) * 0.65 / 3840 for i in (2, 1, 0)]
 TABLE = stage_table(few_step.student_scheduler())
 BLOCK_FACTOR = np.linalg.cholesky(4 / 3 * (np.eye(4) - np.ones((4, 4)) / 4) + 1e-8 * np.eye(4))
@@ -83,7 +85,7 @@ def numbers(gain: float, past: float, text: float, time: float) -> dict[str, np.
 
 
 PARAMS = {"student": numbers(0.8, 0.5, 0.7, 0.9), "critic": numbers(0.2, -0.1, 0.1, 0.05),
-          "heads": {"w": np.array([0.6, -1.1], np.float32)}}
+          "heads": {"w": np.array([0.6, -1.1, 0.4], np.float32)}}  # of the velocity and two blocks
 RNG = np.random.default_rng(0)
 FROZEN = {"base": {"teacher": numbers(0.6, 0.4, -0.5, 1.1)},
           "empty": {"text": RNG.standard_normal((4, 6)).astype(np.float32), "text_length": np.int32(1)},
@@ -91,7 +93,7 @@ FROZEN = {"base": {"teacher": numbers(0.6, 0.4, -0.5, 1.1)},
 
 
 def config_of(**changes) -> Config:
-    gan = GanConfig(width=8, groups=4, blocks=(0,), start_step=10, crop=1)
+    gan = GanConfig(width=8, groups=4, blocks=(0, 2), start_step=10, crop=2)
     base = Config(data="", teacher="teacher", gan=gan,
                   corruption=flow.CorruptionConfig(mode="random", saturation=True))
     return dataclasses.replace(base, **changes)
@@ -190,7 +192,16 @@ class Statement:
 
     def logits(self, heads, p, frames, x, t):
         velocity = self.network(p, frames)(x, t)
-        return toy_logits(heads, velocity, [velocity[:, :, ::2, ::2] * x[:, :, 1::2, 1::2]], np)
+        tokens = velocity[:, :, ::2, ::2] * x[:, :, 1::2, 1::2]
+        return toy_logits(heads, velocity, [(i + 1) * tokens for i in self.config.gan.blocks], np)
+
+    def window(self, x, keys):
+        """A part of every sample, anywhere: ``keys`` [B] draw its corner."""
+        rows, columns = H // self.config.gan.crop, W // self.config.gan.crop
+        corners = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), np.float64)
+        places = np.floor(corners * (H - rows + 1, W - columns + 1)).astype(int)
+        return np.stack([sample[:, top : top + rows, left : left + columns]
+                         for sample, (top, left) in zip(x, places, strict=True)])
 
     def student(self, params):
         """Loss as a function of the student's parameters, everything that is stopped held at ``PARAMS``."""
@@ -212,7 +223,8 @@ class Statement:
             return loss
         keys = jax.vmap(lambda key: jax.random.split(key, 2))(self.draws.adversarial)
         extra = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (9, H, W, C)))(keys[:, 0]), np.float64)
-        logits = self.logits(float64(PARAMS["heads"]), critic, self.context, (1 - sigma) * chunk + sigma * extra, t)
+        seen = self.window((1 - sigma) * chunk + sigma * extra, keys[:, 1])
+        logits = self.logits(float64(PARAMS["heads"]), critic, self.context, seen, t)
         return loss + 0.05 * np.log1p(np.exp(logits)).mean()
 
     def critic(self, params, heads):
@@ -227,10 +239,12 @@ class Statement:
         if not self.config.gan.width or self.turn.step < self.config.gan.start_step:
             return loss
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(self.draws.adversarial)
-        extra = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (9, H, W, C)))(keys[:, 2]), np.float64)
-        real = (1 - sigma) * self.batch["target"].astype(np.float64) + sigma * self.noise
+        fake = self.window(noisy, keys[:, 0])
+        # Section 8.3 with one window for both inputs of R1: the noise is drawn in it.
+        real = self.window((1 - sigma) * self.batch["target"].astype(np.float64) + sigma * self.noise, keys[:, 1])
+        extra = np.asarray(jax.vmap(lambda key: jax.random.normal(key, real.shape[1:]))(keys[:, 2]), np.float64)
         fake_logits, real_logits, disturbed = (self.logits(heads, critic, self.context, x, t)
-                                               for x in (noisy, real, real + 0.1 * extra))
+                                               for x in (fake, real, real + 0.1 * extra))
         judged = np.log1p(np.exp(-fake_logits)).mean() + np.log1p(np.exp(real_logits)).mean()
         return loss + 0.01 * judged + 100 * np.mean((real_logits - disturbed) ** 2)
 
@@ -301,7 +315,7 @@ class Played(NamedTuple):
 @pytest.fixture(scope="module")
 def played() -> Played:
     """Six steps in which the student plays every second and the critic every third time."""
-    game = game_of(config_of(gan=GanConfig(width=8, groups=4, blocks=(0,), start_step=0, crop=1)))
+    game = game_of(config_of(gan=GanConfig(width=8, groups=4, blocks=(0, 2), start_step=0, crop=2)))
     optimizer = OptimizerConfig(learning_rate=1e-2)
     players = (Player("student", ("student",), game.student_loss, optimizer, 2, averaged=True),
                Player("critic", ("critic", "heads"), game.critic_loss, optimizer, 3))
@@ -341,6 +355,24 @@ def test_the_average_follows_the_student_alone_and_only_in_its_turns(played):
         assert same(before, after) == ("student" not in turns)
 
 
+def test_the_optimizer_of_the_heads_begins_with_their_first_gradient():
+    """Adam's first update has the size of the learning rate, however many steps have gone by."""
+    rate, start = 1e-2, 3
+    game = game_of(config_of(gan=GanConfig(width=8, groups=4, blocks=(0, 2), start_step=start, crop=2)))
+    optimizer = OptimizerConfig(learning_rate=rate, schedule="constant", b1=0.0, weight_decay=0.0)
+    players = (Player("critic", ("critic", "heads"), game.critic_loss, optimizer, starts={"heads": start}),)
+    run = run_config({"objective": {"name": "stage1", "data": ""}, "batch_size": BATCH, "ema_decay": 0.0})
+    optimizers = Optimizers(run, players, None)
+    state = initial_state(jax.tree.map(jnp.asarray, PARAMS), optimizers, False, players)
+    step = jax.jit(make_step(run, Objective(lambda key: PARAMS, None, None, players=players), optimizers))
+    for number in range(start + 1):
+        before, (state, _) = state, step(state, FROZEN, batch_of())
+        assert same(before.params["heads"], state.params["heads"]) == (number < start)
+        assert not same(before.params["critic"], state.params["critic"])
+    moved = np.abs(state.params["heads"]["w"] - before.params["heads"]["w"])
+    np.testing.assert_allclose(moved, rate, rtol=1e-3)
+
+
 def test_parts_of_a_batch_give_the_gradient_of_the_whole():
     """One key per sample, and exits that the whole batch shares: accumulation changes rounding only."""
     config = config_of()
@@ -361,6 +393,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
 @pytest.mark.parametrize(("change", "message"), [
     ({"teacher": ""}, "objective.teacher: required"), ({"student_every": 0}, "objective.student_every"),
     ({"timesteps": "logit_normal"}, "objective.timesteps: the critic's are 'uniform'"),
+    ({"sample": flow.SampleConfig(guidance=2.0)}, "objective.sample.guidance: 1, as the student is not guided; got 2"),
     ({"negative_prompt": "blurred"}, "objective.negative_prompt: needs objective.model"),
     ({"stage_range": (0.0, 0.5, 1.0)}, "objective.stage_range: 4 borders for 3 levels, got 3"),
     ({"gan": GanConfig(width=8, groups=8, blocks=(99,))}, "objective.gan.blocks: below the"),
@@ -375,5 +408,18 @@ def test_wrong_settings_of_critic_and_heads_are_named():
         CriticConfig(lora=LoraConfig())
     with pytest.raises(UserError, match="objective.gan.groups: must divide the width 10, got 4"):
         GanConfig(width=10, groups=4)
-    with pytest.raises(UserError, match="objective.gan.crop: must divide the 4x4 tokens of a frame, got 3"):
+    with pytest.raises(UserError, match="objective.gan.crop: must divide the 8x8 tokens of a frame, got 3"):
         game_of(config_of(gan=GanConfig(width=8, groups=4, blocks=(0,), crop=3)))
+
+
+def test_data_of_several_sizes_are_refused_in_one_line(tmp_path):
+    for height in (8, 16):
+        write_random_latents(tmp_path / f"{height}x8", clips=1, sections=3, height=height, width=8, channels=2,
+                             text_rows=3, text_dim=6)
+    (tmp_path / "buckets.json").write_text(json.dumps({"buckets": {"8x8": 1, "16x8": 1}}))
+    transformer = {"num_attention_heads": 1, "attention_head_dim": 8, "rope_dim": (4, 2, 2), "in_channels": 2,
+                   "out_channels": 2, "text_dim": 6, "freq_dim": 8, "ffn_dim": 8, "num_layers": 1}
+    run = run_config({"objective": {"name": "stage3_dmd", "data": str(tmp_path), "teacher": "teacher",
+                                    "transformer": transformer}, "batch_size": 1})
+    with pytest.raises(UserError, match="objective.data: this objective takes latents of one size, but .* holds 2"):
+        build(run)

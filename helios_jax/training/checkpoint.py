@@ -136,12 +136,18 @@ def _differences(old: Any, new: Any, free: set[str], prefix: str = "") -> list[s
     return [] if old == new else [f"{prefix} (was {old!r}, now {new!r})"]
 
 
+def _schedules(values: dict[str, Any]) -> set[str]:
+    """Learning-rate schedules of all optimizers of a configuration, those of an objective's players included."""
+    found = {values["schedule"]} if "schedule" in values else set()
+    return found.union(*(_schedules(value) for value in values.values() if isinstance(value, dict)))
+
+
 def guard_config(workdir: str | Path, config: RunConfig) -> None:
     """Writes ``config.json`` at the first start; later refuses to continue the run with other settings.
 
     Fields that only concern logging, saving and looking may change (the objective's own are named in its class, as
-    ``HARMLESS_ON_RESUME``), and so may ``num_steps`` under a constant learning rate (a cosine's earlier steps would
-    have been different ones).
+    ``HARMLESS_ON_RESUME``), and so may ``num_steps`` where all learning rates are constant (a cosine's earlier steps
+    would have been different ones).
 
     Raises:
       UserError: naming every changed key with both values.
@@ -153,7 +159,7 @@ def guard_config(workdir: str | Path, config: RunConfig) -> None:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
-        free = set(HARMLESS_ON_RESUME) | ({"num_steps"} if config.optimizer.schedule == "constant" else set())
+        free = set(HARMLESS_ON_RESUME) | ({"num_steps"} if _schedules(current) == {"constant"} else set())
         free |= {f"objective.{name}" for name in getattr(config.objective, "HARMLESS_ON_RESUME", ())}
         changed = _differences(saved, current, free)
         if changed:

@@ -29,6 +29,11 @@ def decay_at(step: jax.Array, decay: float, start_step: int = 0) -> jax.Array:
 
 
 def update(average: PyTree, params: PyTree, step: jax.Array, decay: float, start_step: int = 0) -> PyTree:
-    """average <- d average + (1 - d) params with d of :func:`decay_at`, in float32, leaf by leaf."""
+    """average <- d average + (1 - d) params with d of :func:`decay_at`, in float32, leaf by leaf (d = 0 copies)."""
     d = decay_at(step, decay, start_step)
-    return jax.tree.map(lambda a, p: (a + (1.0 - d) * (p.astype(jnp.float32) - a)).astype(a.dtype), average, params)
+
+    def follow(a: jax.Array, p: jax.Array) -> jax.Array:
+        p = p.astype(jnp.float32)
+        return jnp.where(d == 0, p, a + (1.0 - d) * (p - a)).astype(a.dtype)
+
+    return jax.tree.map(follow, average, params)

@@ -525,10 +525,12 @@ def start_values(init_from: str, field: str, lora: LoraConfig, weights: TrainedW
     if not init_from:
         return None, None
     folder = Path(init_from) / "transformer"
-    # A missing folder is reported when it is read: a program can be compiled without the weights.
-    require(not folder.is_dir() or dataclasses.replace(read_component_config(folder, "transformer"),
-                                                       restrict_self_attn=sizes.restrict_self_attn) == sizes,
-            f"{field}: {init_from} holds a transformer of other sizes or options than objective.transformer")
+    if folder.is_dir():  # a missing one is reported when it is read: a program can be compiled without the weights
+        stored = read_component_config(folder, "transformer")
+        require(sizes.restrict_self_attn or not stored.restrict_self_attn, "objective.transformer.restrict_self_attn: "
+                f"{init_from} was trained with it, got False")
+        require(dataclasses.replace(stored, restrict_self_attn=sizes.restrict_self_attn) == sizes,
+                f"{field}: {init_from} holds a transformer of other sizes or options than objective.transformer")
     require(stored_precision(folder) == "none",
             f"{field}: {init_from} is quantised ({stored_precision(folder)}); train from the original model")
     dtype = jnp.dtype(lora.base_dtype if lora.rank else "float32")

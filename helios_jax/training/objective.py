@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,6 +71,7 @@ class Player:
       optimizer: settings; clipping, schedule and learning rate are its own. The schedule counts turns.
       every: it plays in the steps 0, every, 2 every, ...; in others its loss is not computed.
       averaged: whether the moving average follows its parts. It does so once per turn.
+      starts: parts that have no gradient before a step, with that step; their optimizer rests until then.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Player:
     optimizer: OptimizerConfig
     every: int = 1
     averaged: bool = False
+    starts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

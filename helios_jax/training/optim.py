@@ -7,7 +7,7 @@ with AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -82,8 +82,8 @@ def decay_mask(params: PyTree, which: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int, trainable: PyTree | None = None
-                   ) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, num_steps: int, trainable: PyTree | None = None,
+                   starts: Mapping[str, int] | None = None) -> optax.GradientTransformation:
     """The whole update rule: clipping by global norm, then AdamW or Muon with the schedule.
 
     Args:
@@ -91,6 +91,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, trainable: PyTree | 
       num_steps: length of the run, where the cosine ends.
       trainable: tree of bool like the parameters; parameters with False get no state and no update, and do not count
         in the global norm. ``None``: all are trained.
+      starts: the first update of some of the parameters' outermost groups. Until then they have no gradient: Adam's
+        count of their updates must not run ahead, or its correction of the second moment's start is spent on zeros.
     """
     rate = schedule(config, num_steps)
 
@@ -105,6 +107,12 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, trainable: PyTree | 
                           weight_decay=config.weight_decay, weight_decay_mask=mask,
                           muon_weight_dimension_numbers=muon_dimension_numbers, consistent_rms=0.2)
         rule = optax.partition({"matrix": orthogonal, "other": rule}, _muon_labels)
+    if starts:
+        waiting = {name: optax.conditionally_mask(rule, lambda update, start=start: update >= start)
+                   for name, start in starts.items()}
+        rule = optax.partition({"": rule, **waiting}, lambda params: {
+            name: jax.tree.map(lambda _: name if name in waiting else "", group)  # noqa: B023
+            for name, group in params.items()})
     if config.clip_norm > 0:
         rule = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
     if trainable is None:

@@ -100,7 +100,9 @@ class Optimizers:
     def __init__(self, run: RunConfig, players: Sequence[Player], trainable: PyTree | None):
         self.players = players
         self.rules = [make_optimizer(player.optimizer, _turns(run.num_steps, player),
-                                     None if trainable is None else _share(player, trainable)) for player in players]
+                                     None if trainable is None else _share(player, trainable),
+                                     {part: _turns(step, player) for part, step in player.starts.items()})
+                      for player in players]
 
     def init(self, params: PyTree) -> PyTree:
         states = {player.name: rule.init(_share(player, params))

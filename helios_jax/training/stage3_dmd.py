@@ -19,7 +19,8 @@ same damaged history, but only the student's rollout sees it with changed satura
 Differences from the original, whose adversarial part stops with an error as published: real and made chunks share the
 history that the real one continues (there: of another section); both inputs of R1 have one window (there: two
 places); one update per step (there: two with DeepSpeed); noise differs from device to device; student and critic see
-the same section of a clip in one step (there: two sections). Source: specification of training stage 3.
+the same section of a clip in one step (there: two sections); the heads' optimizer begins with their first gradient.
+docs/training.md lists the smaller ones. Source: specification of training stage 3.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.config import ModelIndex, SchedulerConfig
+from helios_jax.data.buckets import latent_folders
 from helios_jax.data.encoders import text_encoder
-from helios_jax.data.pipeline import LatentFolder
 from helios_jax.diffusion.few_step import renoise, sigma_at, student_scheduler, x0
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.diffusion.schedules import stage_table
@@ -140,6 +141,8 @@ class Config(FlowConfig):
         require(bool(self.teacher), "objective.teacher: required, the model folder of the Base model")
         require(self.timesteps == "uniform", f"objective.timesteps: the critic's are 'uniform', got {self.timesteps!r}")
         require(self.student_every > 0, f"objective.student_every: must be positive, got {self.student_every}")
+        require(self.sample.guidance <= 1, "objective.sample.guidance: 1, as the student is not guided; "
+                f"got {self.sample.guidance}")
         require(not self.negative_prompt or bool(self.model),
                 "objective.negative_prompt: needs objective.model, the folder with the text encoder")
         require(len(self.stage_range) == len(self.rollout.steps) + 1,
@@ -345,7 +348,10 @@ def build(run: RunConfig) -> Objective:
     """
     config: Config = run.objective
     student = flow.build(run, None, *sampled_as(config))
-    folder = LatentFolder.open(config.data)
+    folders = latent_folders(config.data)
+    require(len(folders) == 1, f"objective.data: this objective takes latents of one size, but {config.data} holds "
+            f"{len(folders)}; name the folder of one of them")
+    folder = folders.popitem()[1]
     own, critic = (_network(one, lora) for one, lora in (
         (config, config.lora), (flow.as_stored(config, config.teacher), config.critic.lora)))
     game = Game(config, HistoryLayout(), own, critic, (folder.height, folder.width, folder.channels))
@@ -355,7 +361,8 @@ def build(run: RunConfig) -> Objective:
     players = [Player("student", ("student",), game.student_loss, run.optimizer, config.student_every, averaged=True)]
     if game.heads:
         makers["heads"] = lambda key: game.heads.init(key, config.transformer.out_channels, config.transformer.dim)
-    players.append(Player("critic", tuple(makers)[1:], game.critic_loss, config.critic.optimizer))
+    players.append(Player("critic", tuple(makers)[1:], game.critic_loss, config.critic.optimizer,
+                          starts={"heads": config.gan.start_step} if game.heads else {}))
 
     def init_params(key: jax.Array) -> PyTree:
         return {name: make(own) for (name, make), own in zip(makers.items(), jax.random.split(key, len(makers)),
