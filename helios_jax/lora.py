@@ -37,6 +37,8 @@ from helios_jax.errors import UserError
 from helios_jax.models.quantize import is_quantised
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 MERGE_REFUSED = ("lora: adapters cannot be merged into quantised weights; keep them apart (--lora_apart, "
                  "merge_lora=False), or quantise a model into which they have been merged")
 
@@ -105,7 +107,7 @@ def read_lora(path: str | Path, config: TransformerConfig, weight: float = 1.0,
     return Adapter(str(path), config, float(weight), modules, tuple(ignored))
 
 
-def merge(params: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, Any]:
+def merge(params: Mapping[str, Any], adapters: Sequence[Adapter], in_place: bool = False) -> dict[str, Any]:
     """Transformer parameters with the adapters added to the weights.
 
     Products are float32 and rounded once to each parameter's dtype. Leaves that no adapter touches are shared with
@@ -114,11 +116,13 @@ def merge(params: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, A
     Args:
       params: the transformer's parameter tree.
       adapters: of :func:`read_lora`; their updates add up.
+      in_place: give up the memory of the weights that change, which ``params`` must not be asked for again: where they
+        fill a device, there is no room for both.
 
     Raises:
       UserError: the weights are quantised.
     """
-    return _with_updates(params, _module_updates(adapters))
+    return _with_updates(params, _module_updates(adapters), in_place)
 
 
 def merge_tree(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,17 +130,17 @@ def merge_tree(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, 
     modules: dict[tuple[str, ...], dict[str, Any]] = {}
     for path, array in flatten(lora):
         modules.setdefault(path[:-1], {})[path[-1]] = array
-    return _with_updates(params, modules.items())
+    return _with_updates(params, modules.items(), in_place=False)
 
 
-def _with_updates(params: Mapping[str, Any], updates: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]
-                  ) -> dict[str, Any]:
+def _with_updates(params: Mapping[str, Any], updates: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]],
+                  in_place: bool) -> dict[str, Any]:
     merged = dict(flatten(params))
     for path, update in updates:
         kernel = merged[(*path, "kernel")]
         if is_quantised(kernel):
             raise UserError(MERGE_REFUSED)
-        merged[(*path, "kernel")] = _add_product(kernel, update["a"], update["b"])
+        merged[(*path, "kernel")] = _add_product(kernel, update["a"], update["b"], in_place)
         if "bias" in update:
             bias = jnp.asarray(merged[(*path, "bias")])
             merged[(*path, "bias")] = (bias.astype(jnp.float32) + update["bias"]).astype(bias.dtype)
@@ -239,23 +243,27 @@ def _side_by_side(leaf: Leaf, names: list[str], adapters: list[Adapter]) -> dict
     return {"a": a, "b": b} | ({"bias": bias} if has_bias else {})
 
 
-def _add_product(kernel: Any, a: np.ndarray, b: np.ndarray) -> jax.Array:
+def _add_product(kernel: Any, a: np.ndarray, b: np.ndarray, in_place: bool) -> jax.Array:
     """kernel + a b, layer by layer if stacked ([L, in, out]); in the kernel's dtype and sharding."""
     sharding = kernel.sharding if isinstance(kernel, jax.Array) else None
     stacked = b.ndim == 3
-    return _product_adder(stacked, sharding)(kernel, a, b)
+    return _product_adder(stacked, sharding, in_place)(kernel, a, b)
 
 
 @functools.lru_cache(maxsize=64)
-def _product_adder(stacked: bool, sharding: jax.sharding.Sharding | None):
+def _product_adder(stacked: bool, sharding: jax.sharding.Sharding | None, in_place: bool):
     def add(kernel, a, b):  # [..., in, out] + [..., in, r] [r, out]
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         return (kernel.astype(jnp.float32) + product).astype(kernel.dtype)
 
     def add_layers(kernel, a, b):
-        return jax.lax.map(lambda layer: add(*layer), (kernel, a, b))
+        def layer(i, kernel):
+            own = (jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False) for leaf in (kernel, a, b))
+            return jax.lax.dynamic_update_index_in_dim(kernel, add(*own), i, 0)
 
-    return jax.jit(add_layers if stacked else add, out_shardings=sharding)
+        return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
+
+    return jax.jit(add_layers if stacked else add, out_shardings=sharding, donate_argnums=0 if in_place else ())
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -264,7 +272,8 @@ def _product_adder(stacked: bool, sharding: jax.sharding.Sharding | None):
 def _find_file(path: str | Path) -> Path:
     """The file that diffusers would choose."""
     path = Path(path)
-    if not path.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not path.suffix:
+    is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and path.suffix not in WEIGHT_SUFFIXES
+    if not path.exists() and is_hub_id:  # whose name may have dots
         path = download(str(path), ["*.safetensors"])
     if path.is_dir():
         if (path / DEFAULT_FILE).is_file():
@@ -276,9 +285,9 @@ def _find_file(path: str | Path) -> Path:
         if found:
             raise UserError(f"lora {path}: several safetensors files ({', '.join(p.name for p in found[:8])}); name "
                             "one of them")
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
         raise UserError(refuse_pickles(path, pickles) if pickles else f"lora {path}: holds no *.safetensors file")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+    if path.suffix in PICKLE_SUFFIXES:
         raise UserError(refuse_pickles(path.parent, [path.name]))
     if not path.is_file():
         raise UserError(f"lora {str(path)!r}: no such file or folder")
@@ -297,7 +306,23 @@ def _adapter_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]
         raise UserError(f"{file}: its lora_adapter_metadata is not a JSON object") from None
     if values.get("use_dora"):
         raise UserError(f"{file}: is a DoRA adapter, which is not supported")
+    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        wanted = "patterns and their numbers" if field.endswith("pattern") else "a number"
+        if not (_is_patterns if field.endswith("pattern") else _is_number)(values.get(field) or 0):
+            raise UserError(f"{file}: {field} of its lora_adapter_metadata must be {wanted}, got {values[field]!r}")
     return values or None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_patterns(value: Any) -> bool:
+    """Regular expressions with a number each, or 0 for none."""
+    try:
+        return value == 0 or all(re.compile(pattern) and _is_number(number) for pattern, number in value.items())
+    except (AttributeError, re.error):
+        return False
 
 
 _NATIVE = (

@@ -374,9 +374,16 @@ def test_a_variant_asked_for_by_name_fails_loudly():
         attend(q, k, v, implementation="cuda")
 
 
-def test_every_device_has_an_order_that_ends_in_a_variant_for_everything():
-    for platform in ("cpu", "tpu", "gpu", "unheard-of"):
-        assert dispatch.order_for(dispatch.Device(platform, "any"))[-1] == "xla"
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu", "unheard-of"])
+def test_every_device_serves_a_long_sequence_without_a_kernel_in_bounded_memory(platform):
+    """In float32 at 384x640 the logits of a layer would take 20 GB."""
+    last = [name for name in dispatch.order_for(dispatch.Device(platform, "any")) if name in ("xla", "per_head")]
+    long = jax.ShapeDtypeStruct((1, 11040, 40, 128), jnp.float32)
+    with pytest.raises(NotImplementedError, match="logits would take 18.2 GiB"):
+        jax.eval_shape(dispatch.variant("xla"), long, long, long)
+    assert "per_head" in last
+    compiled = jax.jit(dispatch.variant("per_head")).lower(long, long, long).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e9  # 230 MB for each of the arrays put in order of heads
 
 
 def test_arguments_that_do_not_fit_are_named():

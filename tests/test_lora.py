@@ -16,7 +16,7 @@ from helios_jax.convert import params_to_torch_state_dict
 from helios_jax.convert.rules import Layout, flatten, tensor_rules
 from helios_jax.convert.safetensors_io import write_safetensors
 from helios_jax.errors import UserError
-from helios_jax.lora import adapter_tree, merge, read_lora, write_lora
+from helios_jax.lora import _product_adder, adapter_tree, merge, read_lora, write_lora
 from helios_jax.models.inputs import FrameIndices, History
 from helios_jax.models.transformer import HeliosTransformer
 from tests.golden import data
@@ -374,6 +374,30 @@ def test_metadata_that_contradicts_the_tensors_or_is_broken(tmp_path):
     refused(write(tmp_path / "b.safetensors", tensors, {"r": 4, "use_dora": True}), "DoRA")
     write_safetensors(tmp_path / "c.safetensors", tensors, {"lora_adapter_metadata": "{"})
     refused(tmp_path / "c.safetensors", "lora_adapter_metadata is not a JSON object")
+    for field, value, wanted in (("lora_alpha", "four", "a number"), ("r", [4], "a number"),
+                                 ("alpha_pattern", [1], "patterns and their numbers"),
+                                 ("rank_pattern", {"(": 4}, "patterns and their numbers"),
+                                 ("rank_pattern", {"to_q": "4"}, "patterns and their numbers")):
+        broken = write(tmp_path / "d.safetensors", tensors, {"r": 4, "lora_alpha": 4} | {field: value})
+        refused(broken, f"{field} of its lora_adapter_metadata must be {wanted}, got")
+
+
+def test_merging_in_place_needs_no_second_copy_of_a_stack():
+    kernel = jax.ShapeDtypeStruct((8, 256, 512), jnp.float32)  # what a CPU does to bfloat16 is its own affair
+    a, b = jax.ShapeDtypeStruct((8, 256, 4), jnp.float32), jax.ShapeDtypeStruct((8, 4, 512), jnp.float32)
+    memory = _product_adder(True, None, True).lower(kernel, a, b).compile().memory_analysis()
+    stack = 8 * 256 * 512 * 4
+    assert memory.alias_size_in_bytes == stack and memory.temp_size_in_bytes < stack / 2  # two layers
+
+
+def test_merging_in_place_gives_the_same_weights_and_gives_the_old_ones_up(tmp_path):
+    adapters = [read_lora(write(tmp_path / "a.safetensors", native(ATTENTION)), CONFIG, 0.5)]
+    params = converted("transformer", CONFIG, torch_transformer())
+    want = dict(flatten(merge(params, adapters)))
+    given = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    for path, leaf in flatten(merge(given, adapters, in_place=True)):
+        np.testing.assert_array_equal(leaf, want[path])
+    assert given["blocks"]["attn1"]["to_q"]["kernel"].is_deleted()
 
 
 def test_a_module_given_twice_is_refused(tmp_path):
@@ -416,7 +440,8 @@ def test_hub_ids_are_downloaded(tmp_path, monkeypatch):
     import huggingface_hub
     write(tmp_path / "pytorch_lora_weights.safetensors", native(ATTENTION[:1]))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, **kw: str(tmp_path))
-    assert read_lora("owner/some-lora", CONFIG).modules
+    assert read_lora("owner/some-lora", CONFIG).modules and read_lora("owner/Wan2.1-lora-v1.0", CONFIG).modules
+    refused("owner/lora.safetensors", "no such file or folder")
 
     def offline(*args, **kwargs):
         raise ConnectionError("offline")

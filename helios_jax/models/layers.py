@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from helios_jax.models.quantize import is_quantised, quantised_product
+from kernels.attention import precision_of
 
 Array = jax.Array
 Dtype = Any
@@ -55,7 +56,7 @@ def matmul_float32(x: Array, kernel: Array) -> Array:
 
     The bias is then added before the one rounding to a half type, as a fused BLAS epilogue does.
     """
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
 
 
 def low_rank(x: Array, a: Array, b: Array) -> Array:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from helios_jax.errors import UserError
 from helios_jax.models.streaming import STACKS
+from kernels.attention import precision_of
 
 Array = jax.Array
 QArray = Any  # qwix.QArray, which this module must not need to be imported
@@ -126,7 +127,8 @@ def quantised_product(x: Array, kernel: QArray) -> Array:
     inputs_with_inputs = (((x.ndim - 1,), (1,)), ((), ()))
     if kernel.scale.shape[-1] > 1:
         weights = qwix.dequantize(kernel).astype(x.dtype)
-        return jax.lax.dot_general(x, weights, inputs_with_inputs, preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(x, weights, inputs_with_inputs, precision=precision_of(x.dtype),
+                                   preferred_element_type=jnp.float32)
     is_integer = jnp.issubdtype(kernel.qvalue.dtype, jnp.integer)
     # A token's largest value becomes 127. By itself qwix makes it 127.5, which the last bit rounds to either side: the
     # same video would then differ from one compiled program or mesh to another by whole steps.

@@ -24,6 +24,7 @@ from helios_jax.config import TextEncoderConfig
 from helios_jax.models.layers import Array, Dtype, Linear
 from helios_jax.models.partition import unbox
 from helios_jax.models.streaming import scan_layers, to_device
+from kernels.attention import precision_of
 
 
 @functools.lru_cache(maxsize=64)
@@ -114,10 +115,11 @@ class SelfAttention(nn.Module):
 
         bias = RelativeBias(config.relative_attention_num_buckets, config.num_heads, std, self.param_dtype,
                             name="relative_attention_bias")(buckets)
-        logits = jnp.einsum("BTND,BSND->BNTS", query, key, preferred_element_type=jnp.float32) + bias
+        logits = jnp.einsum("BTND,BSND->BNTS", query, key, precision=precision_of(query.dtype),
+                            preferred_element_type=jnp.float32) + bias
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1)  # [B,N,T,S]
-        out = jnp.einsum("BNTS,BSND->BTND", weights, value.astype(jnp.float32))
+        out = jnp.einsum("BNTS,BSND->BTND", weights, value.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
         out = out.reshape(*x.shape[:-1], inner)  # [B,T,N,D] -> [B,T,N*D]
         return project("o", config.d_model, inner**-0.5, ("heads", "embed"))(out)
 

@@ -26,6 +26,7 @@ from helios_jax.models.vae_ops import (
     unfold_frames,
 )
 from helios_jax.sharding import constrain
+from kernels.attention import precision_of
 
 Array = jax.Array
 Dtype = Any
@@ -170,8 +171,10 @@ class ResidualBlock(nn.Module):
 
 def _attend(q: Array, k: Array, v: Array) -> Array:
     """softmax(q k' / sqrt(C)) v for [N, S, C]."""
-    scores = jnp.einsum("nqc,nkc->nqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5  # [N, S, S]
-    return jnp.einsum("nqk,nkc->nqc", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    exact = precision_of(q.dtype)
+    scores = jnp.einsum("nqc,nkc->nqk", q, k, precision=exact, preferred_element_type=jnp.float32)  # [N, S, S]
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("nqk,nkc->nqc", weights.astype(v.dtype), v, precision=exact)
 
 
 class FrameAttention(nn.Module):

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.attention import precision_of
+
 Array = jax.Array
 Dtype = Any
 
@@ -60,12 +62,16 @@ def extend(x: Array, past: Array | None, frames: int) -> Array:
     return jnp.concatenate([past.astype(x.dtype), x], axis=1)  # T -> frames + T
 
 
+def _convolve(x: Array, kernel: Array, strides: tuple[int, ...], pads: list[tuple[int, int]], layout: Any) -> Array:
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=layout, precision=precision_of(x.dtype))
+
+
 def same_conv2d(x: Array, kernel: Array) -> Array:
     """Stride-1 convolution of images [N, h, w, I] with [kh, kw, I, O], zero padding (k-1)/2 on each side."""
     if kernel.shape[:2] == (1, 1):
-        return x @ kernel[0, 0]  # I -> O
+        return jnp.matmul(x, kernel[0, 0], precision=precision_of(x.dtype))  # I -> O
     pads = [((k - 1) // 2, (k - 1) // 2) for k in kernel.shape[:2]]
-    return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=_IMAGE_LAYOUT)  # I -> O
+    return _convolve(x, kernel, (1, 1), pads, _IMAGE_LAYOUT)  # I -> O
 
 
 def time_valid_conv(x: Array, kernel: Array, form: str, stride: int = 1) -> Array:
@@ -78,7 +84,7 @@ def time_valid_conv(x: Array, kernel: Array, form: str, stride: int = 1) -> Arra
     taps, *window = kernel.shape[:3]
     if form == "3d":
         pads = [(0, 0)] + [((k - 1) // 2, (k - 1) // 2) for k in window]
-        return lax.conv_general_dilated(x, kernel, (stride, 1, 1), pads, dimension_numbers=_VIDEO_LAYOUT)
+        return _convolve(x, kernel, (stride, 1, 1), pads, _VIDEO_LAYOUT)
     batch, frames = x.shape[:2]
     length = (frames - taps) // stride + 1
     together = 1
@@ -135,7 +141,7 @@ def doubling_conv(x: Array, kernel: Array, form: str) -> Array:
         stacked = [jnp.pad(k, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i, j, k in phases]
         y = same_conv2d(x, jnp.concatenate(stacked, axis=-1)).reshape(n, h, w, 2, 2, outputs)
     else:
-        y = jnp.stack([lax.conv_general_dilated(x, k, (1, 1), [(1 - i, i), (1 - j, j)], dimension_numbers=_IMAGE_LAYOUT)
+        y = jnp.stack([_convolve(x, k, (1, 1), [(1 - i, i), (1 - j, j)], _IMAGE_LAYOUT)
                        for i, j, k in phases], axis=3).reshape(n, h, w, 2, 2, outputs)
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, outputs)  # rows and columns interleaved
 
@@ -149,9 +155,9 @@ def halving_conv(x: Array, kernel: Array, form: str) -> Array:
     """3x3 convolution with stride 2 after zero padding at the bottom and right: [N, h, w, I] -> [N, h//2, w//2, O]."""
     n, h, w, inputs = x.shape
     if form == "3d" or inputs > _FULL_CHANNELS or h % 2 or w % 2:
-        return lax.conv_general_dilated(x, kernel, (2, 2), [(0, 1), (0, 1)], dimension_numbers=_IMAGE_LAYOUT)
+        return _convolve(x, kernel, (2, 2), [(0, 1), (0, 1)], _IMAGE_LAYOUT)
     x = x.reshape(n, h // 2, 2, w // 2, 2, inputs).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(n, h // 2, w // 2, 4 * inputs)  # 2x2 pixels -> channels
     kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0))).reshape(2, 2, 2, 2, inputs, -1)
     kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(2, 2, 4 * inputs, -1)  # [4, 4, I, O] -> [2, 2, 4I, O]
-    return lax.conv_general_dilated(x, kernel, (1, 1), [(0, 1), (0, 1)], dimension_numbers=_IMAGE_LAYOUT)
+    return _convolve(x, kernel, (1, 1), [(0, 1), (0, 1)], _IMAGE_LAYOUT)

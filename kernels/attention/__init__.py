@@ -4,6 +4,7 @@ from kernels.attention.api import HistoryKeysValues, compacted_attention, cross_
 from kernels.attention.context_parallel import context_parallel
 from kernels.attention.dispatch import attend, explain
 from kernels.attention.prologue import rms_norm_heads
+from kernels.attention.reference import precision_of
 from kernels.attention.segments import Packing, Segments, pack
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "cross_attention",
     "explain",
     "pack",
+    "precision_of",
     "prepare_history",
     "rms_norm_heads",
 ]

@@ -30,7 +30,7 @@ VARIANTS: dict[str, str] = {
     "mosaic_gpu_interpret": "kernels.attention.gpu:interpreted",
     "mosaic_tpu": "kernels.attention.tpu:attention",
     "mosaic_tpu_interpret": "kernels.attention.tpu:interpreted",
-    "xla": "kernels.attention.reference:attention",
+    "xla": "kernels.attention.reference:bounded_attention",
 }
 
 
@@ -50,10 +50,10 @@ class Order(NamedTuple):
 # The first entry that fits the device decides.
 ORDERS: tuple[Order, ...] = (
     Order("cpu", "", ("per_head", "xla"), "two Zen 5 cores: see per_head.py"),
-    Order("tpu", "", ("mosaic_tpu", "xla"), None),
-    Order("gpu", "", ("cudnn", "mosaic_gpu", "xla"), None),
+    Order("tpu", "", ("mosaic_tpu", "xla", "per_head"), None),
+    Order("gpu", "", ("cudnn", "mosaic_gpu", "xla", "per_head"), None),
 )
-FALLBACK = ("xla",)
+FALLBACK = ("xla", "per_head")
 
 
 class Explanation(NamedTuple):

@@ -1,15 +1,18 @@
-"""Attention one head at a time: the CPU variant.
+"""Attention one head at a time: the CPU variant, and the last resort of other devices.
 
 XLA's CPU backend runs the batched einsum of the reference at 13 to 30 GFLOP/s because the [B, N, S, K] logits go
 through main memory and the batched product is not a BLAS call. One head's logits fit in the last-level cache and its
 two products are plain matrix products: 110 to 130 GFLOP/s on two Zen 5 cores (368 and 2760 tokens, head size 32 and
-64). Beyond ``MAX_LOGITS`` the queries are cut into blocks so that memory stays bounded.
+64). Beyond ``MAX_LOGITS`` the queries are cut into blocks so that memory stays bounded: that is why it serves long
+sequences on a device that has no kernel.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from kernels.attention.reference import precision_of
 
 MAX_LOGITS = 1 << 24  # float32 logits of one block: at most 64 MB
 
@@ -18,7 +21,7 @@ def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
     """[S, D] x [K, D] -> float32 [S, K]."""
     scale = q.shape[-1] ** -0.5
     if q.dtype == jnp.float32:
-        logits = jnp.matmul(q * scale, k.T)  # scaling q touches fewer numbers
+        logits = jnp.matmul(q * scale, k.T, precision=precision_of(q.dtype))  # scaling q touches fewer numbers
     else:  # a scaled q would be rounded once more
         logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * scale
     return logits if bias is None else logits + bias
@@ -36,7 +39,8 @@ def _forward(q, k, v, bias):
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
     # Normalising after the product touches S x D numbers instead of S x K.
-    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    out = jnp.matmul(weights.astype(v.dtype), v, precision=precision_of(v.dtype),
+                     preferred_element_type=jnp.float32) / total
     lse = top + jnp.log(total)
     return (out, lse[:, 0]), (q, k, v, bias, out, lse)
 
@@ -49,7 +53,8 @@ def _backward(residuals, gradients):
     weights = jnp.exp(_logits(q, k, bias) - lse)
 
     def product(a, b):
-        return jnp.matmul(a.astype(q.dtype), b.astype(q.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(a.astype(q.dtype), b.astype(q.dtype), precision=precision_of(q.dtype),
+                          preferred_element_type=jnp.float32)
 
     d_weights = product(d_out, v.T)
     # The gradient of the log-sum-exp with respect to the logits is the weights themselves.

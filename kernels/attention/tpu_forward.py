@@ -40,6 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.prologue import partner_matrix
+from kernels.attention.reference import precision_of
 from kernels.attention.tpu_tiles import LANES, forward_bytes, split
 
 LOG2_E = math.log2(math.e)
@@ -95,11 +96,6 @@ def prepared(q: jax.Array, refs: Prologue, rows: slice, start: int | jax.Array) 
     normed = (q.astype(jnp.float32) * inverse * refs.norm[...]).astype(q.dtype)
     swapped = dot(normed, refs.partner[...], (1, 0))
     return (normed.astype(jnp.float32) * refs.cos[here, :] + swapped * refs.sin[here, :]).astype(q.dtype)
-
-
-def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 inputs get float32 products; bfloat16 products are exact in the float32 accumulator anyway."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
