@@ -27,16 +27,18 @@ def commands(page: Path) -> list[str]:
     return [re.sub(r"[\[\]]", "", line) for line in lines if "--config ..." not in line]
 
 
+WITH_SUBCOMMANDS = ("helios_jax.data.tfds",)
 CASES = [pytest.param(command, id=f"{page.name}-{i}") for page in PAGES for i, command in enumerate(commands(page))]
 
 
 @functools.cache
-def usage(program: str) -> str:
+def usage(program: str, *subcommand: str) -> str:
     """What a program prints for --help."""
     monkeypatch, printed = pytest.MonkeyPatch(), io.StringIO()
     with monkeypatch.context() as patch, contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", [program, "--help"])
+        patch.setattr(sys, "argv", [program, *subcommand, "--help"])
         patch.chdir(ROOT)
+        patch.syspath_prepend(str((ROOT / program).parent))  # where a script finds the modules beside it
         if program.endswith(".py"):
             runpy.run_path(program, run_name="__main__")
         else:
@@ -62,7 +64,7 @@ def test_a_documented_command_is_accepted_by_its_program(command, monkeypatch):
         assert heads // sizes["tensor"] * (run.batch_size // parts) % sizes["context"] == 0
     elif program not in ("pytest", "pip"):
         assert (ROOT / program).is_file() or not program.endswith(".py")
-        listed = usage(program)
+        listed = usage(program, *arguments[: program in WITH_SUBCOMMANDS])
         flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
         if program == "helios_jax.data.beam_extract":  # what it does not know is Beam's
             flags = [flag for flag in flags if flag in ("--model", "--metadata", "--videos", "--output")]

@@ -19,6 +19,7 @@ from helios_jax.errors import UserError
 from helios_jax.lora import _product_adder, adapter_tree, merge, read_lora, write_lora
 from helios_jax.models.inputs import FrameIndices, History
 from helios_jax.models.transformer import HeliosTransformer
+from tests.convert_folders import random_params
 from tests.golden import data
 from tests.oracles import TINY_TRANSFORMER, channel_first, channel_last, converted, relative_error, torch_transformer
 
@@ -392,7 +393,7 @@ def test_merging_in_place_needs_no_second_copy_of_a_stack():
 
 def test_merging_in_place_gives_the_same_weights_and_gives_the_old_ones_up(tmp_path):
     adapters = [read_lora(write(tmp_path / "a.safetensors", native(ATTENTION)), CONFIG, 0.5)]
-    params = converted("transformer", CONFIG, torch_transformer())
+    params = random_params("transformer", CONFIG)
     want = dict(flatten(merge(params, adapters)))
     given = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
     for path, leaf in flatten(merge(given, adapters, in_place=True)):

@@ -22,8 +22,8 @@ def options(command: tuple[str, ...]) -> dict[str, str]:
 def test_every_command_is_valid_and_starts_from_what_came_before(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     made = {str(train_tiny.PARTS)}
-    for step in train_tiny.steps(train_tiny.PARTS, Path("runs/stage1/longer/export"),
-                                 Path("runs/stage2_history/export")):
+    finished = (Path("runs", name, "export") for name in ("stage1/longer", "stage2_history", "stage3_dmd"))
+    for step in train_tiny.steps(train_tiny.PARTS, *finished):
         if step.command[0] == "train.py":
             run, workdir, _ = train.parse_arguments(list(step.command))
             names = ("init_from", "data", "model", "teacher")

@@ -26,7 +26,7 @@ from helios_jax.data.pipeline import DATASET_FILE
 from helios_jax.data.writing import write_json
 from helios_jax.errors import UserError, command_line
 
-BOX, BOX_MID = Path("assets/helios-tiny"), Path("assets/helios-tiny-mid")
+BOX, BOX_MID, BOX_DISTILLED = (Path("assets", f"helios-tiny{variant}") for variant in ("", "-mid", "-distilled"))
 PARTS, RECORD = Path("runs/parts"), Path("runs/tiny.json")
 SHARED = ("vae", "text_encoder", "tokenizer")
 LAST = "stage3_dmd"  # what comes after it is for comparison
@@ -52,22 +52,17 @@ def train(name: str, config: str, *changes: str) -> Step:
                        *(f"--config.{change}" for change in changes)))
 
 
-def steps(parts: Path, base: Path, mid: Path) -> list[Step]:
+def steps(parts: Path, base: Path, mid: Path, distilled: Path) -> list[Step]:
     """All steps in order.
 
     Args:
       parts: holds VAE, text encoder and tokenizer.
-      base, mid: finished models of stages 1 and 2.
+      base, mid, distilled: finished models of the three stages.
     """
     shared = f"objective.model={parts}"
     build = ("-m", "helios_jax.data.build_latents", "--model", str(parts), "--sections", "4")
     teacher = f"objective.teacher={base}"
     restricted = "objective.transformer.restrict_self_attn=True"
-
-    def pairs(name: str, model: Path | str) -> Step:
-        return Step(name, ("-m", "helios_jax.tools.ode_pairs", "--model", str(model), "--prompts", "data/latents",
-                           "--output", f"data/{name}", "--shift-from", "previous", "--batch", "8", "--sections", "3",
-                           "--steps", "10", "--limit", "480"))
 
     return [
         train("vae/images", "tiny_autoencoder.py:images"),
@@ -84,14 +79,13 @@ def steps(parts: Path, base: Path, mid: Path) -> list[Step]:
         train("stage2_more", "tiny_stage2.py:history", shared, "objective.level_weights=(1.0,1.0,1.0)",
               "objective.task_mix.v2v=0.4", "seed=5"),
         train("stage2_history", "tiny_stage2.py:history", shared, "objective.init_from=runs/stage2_more/export"),
-        pairs("ode", mid),
+        Step("ode", ("-m", "helios_jax.tools.ode_pairs", "--model", str(mid), "--prompts", "data/latents", "--output",
+                     "data/ode", "--shift-from", "previous", "--batch", "8", "--sections", "3", "--steps", "10",
+                     "--limit", "480")),
         train("stage3_ode", "tiny_stage3_ode.py", shared, f"objective.init_from={mid}"),
         train("stage3_dmd", "tiny_stage3_dmd.py", shared, teacher),
-        train("stage3_gan", "tiny_stage3_dmd.py:gan", shared, teacher),
-        train("restricted/stage2", "tiny_stage2.py:history", shared, f"objective.init_from={mid}", restricted),
-        pairs("ode-restricted", "runs/restricted/stage2/export"),
-        train("restricted/stage3_ode", "tiny_stage3_ode.py", shared, "objective.data=data/ode-restricted",
-              "objective.init_from=runs/restricted/stage2/export", restricted),
+        train("stage3_gan", "tiny_stage3_dmd.py:gan", shared, teacher, f"objective.init_from={distilled}"),
+        train("restricted/stage3_ode", "tiny_stage3_ode.py", shared, f"objective.init_from={mid}", restricted),
         train("restricted/stage3_dmd", "tiny_stage3_dmd.py", shared, teacher,
               "objective.init_from=runs/restricted/stage3_ode/export", restricted),
         train("restricted/stage3_gan", "tiny_stage3_dmd.py:gan", shared, teacher,
@@ -112,7 +106,7 @@ def assemble(sources: tuple[str, ...]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helios_jax.tools.train_tiny", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [step.name for step in steps(BOX, BOX, BOX_MID)]
+    names = [step.name for step in steps(BOX, BOX, BOX_MID, BOX_DISTILLED)]
     parser.add_argument("--first", choices=names, default=names[0], metavar="STEP", help="where to begin; what comes "
                         "before it is taken from assets/ and data/")
     parser.add_argument("--last", choices=names, default=LAST, metavar="STEP", help=f"where to end; default: {LAST}, "
@@ -127,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     parts = PARTS if first <= names.index("text_encoder") else BOX
     base = Path("runs/stage1/longer/export") if first <= names.index("stage1/longer") else BOX
     mid = Path("runs/stage2_history/export") if first <= names.index("stage2_history") else BOX_MID
-    chosen = steps(parts, base, mid)[first : last + 1]
+    distilled = Path("runs/stage3_dmd/export") if first <= names.index("stage3_dmd") else BOX_DISTILLED
+    chosen = steps(parts, base, mid, distilled)[first : last + 1]
     if arguments.list:
         print("\n".join(f"python {' '.join(step.command)}" for step in chosen))
         return 0
