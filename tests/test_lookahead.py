@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,10 +52,32 @@ def test_the_next_chunk_is_begun_before_this_one_is_handed_out_and_none_beyond_i
     stream = start(pipe, lookahead=True, noise=source)
     for k, wanted in enumerate(plain):
         chunk = next(stream)
+        if k < 2:
+            stream._begun[k + 1]()
         assert set(source.chunks) == set(range(min(k + 2, 3))) and stream.position == k + 1
         assert_same([chunk], [wanted])
     with pytest.raises(StopIteration):
         next(stream)
+
+
+def test_a_chunk_does_not_wait_until_the_next_one_is_begun(pipe, plain, monkeypatch):
+    stream, may_begin = start(pipe, lookahead=True), threading.Event()
+    begin = stream._begin
+    monkeypatch.setattr(stream, "_begin", lambda k, condition: (k == 0 or may_begin.wait(60)) and begin(k, condition))
+    first = next(stream)
+    may_begin.set()
+    assert_same([first, *stream], plain)
+
+
+def test_a_chunk_that_could_not_be_begun_can_be_asked_for_again(pipe, plain, monkeypatch):
+    stream = start(pipe, lookahead=True)
+    first = next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_begin", lambda *_: (_ for _ in ()).throw(MemoryError))
+        stream._begun.clear()
+        with pytest.raises(MemoryError):
+            next(stream)
+    assert_same([first, *stream], plain)
 
 
 def test_a_change_of_prompt_applies_to_the_chunk_that_was_begun_already(pipe, plain):

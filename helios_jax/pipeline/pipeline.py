@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -279,7 +279,8 @@ class HeliosPipeline:
           prompt_schedule: prompt changes, see :func:`helios_jax.pipeline.prompts.checked_schedule`; for one prompt.
           noise: source of all randomness; default: ``SeededNoise`` of the seeds.
           lookahead: the devices begin the next chunk before this one's frames are copied to the host, so they work on
-            while the caller does something with them. A change of prompt then makes that chunk anew, which asks the
+            while the caller does something with them. Chunks are then begun in a thread of the stream's own, where
+            context managers of ``jax.config`` do not reach. A change of prompt makes that chunk anew, which asks the
             noise source again: one that remembers what it gave (``TorchGeneratorNoise``) goes on elsewhere.
           frames_dtype: of the chunks' frames: 'float32', or 'uint8', rounded on the device as
             ``helios_jax.video.to_uint8`` does and a quarter of the bytes to copy.
@@ -392,8 +393,10 @@ class VideoStream(Iterator[Chunk]):
         self.num_frames, self.window = options.num_frames, encoder.window
         self.num_chunks = -(-options.num_frames // self.window)
         self.position = 0
-        self._lookahead, self._as_uint8 = lookahead, frames_dtype == "uint8"
-        self._begun: dict[int, _Work] = {}  # chunks from ``position`` on
+        self._as_uint8 = frames_dtype == "uint8"
+        # On a GPU the host follows a loop whose length is data, so beginning a chunk takes as long as its steps.
+        self._beside = ThreadPoolExecutor(1) if lookahead else None
+        self._begun: dict[int, Callable[[], _Work]] = {}  # chunks from ``position`` on
         self._pipeline, self._source, self._layout, self._options = pipeline, source, plan.layout, options
         self._sampler = pipeline.sampler(plan, options.height, options.width)
         self._batch = len(prompts)
@@ -425,6 +428,8 @@ class VideoStream(Iterator[Chunk]):
         """
         check.checked_count("blend", blend, 0)
         prompt = self._pipeline._checked_prompts("prompt", prompt, self._batch)
+        if self._beside:  # what it is at work on reads what changes here
+            self._beside.submit(lambda: None).result()
         self._track.change(self.position, self._pipeline.embed(prompt), blend)
         self._make_room()
         self._begun.clear()
@@ -436,8 +441,12 @@ class VideoStream(Iterator[Chunk]):
         if self.position >= self.num_chunks:
             raise StopIteration
         k = self.position
-        work = self._work(k, self._condition)
-        if self._lookahead and k + 1 < self.num_chunks:
+        try:
+            work = self._work(k, self._condition)()
+        except Exception:
+            self._begun.pop(k, None)
+            raise
+        if self._beside and k + 1 < self.num_chunks:
             self._work(k + 1, work.condition)
         frames = np.concatenate([np.asarray(part) for part in work.frames])
         if not all(map(bool, work.finite)):
@@ -448,13 +457,18 @@ class VideoStream(Iterator[Chunk]):
         self.position += 1
         return Chunk(k, frames[:, : self.num_frames - k * self.window], work.latents)
 
-    def _work(self, k: int, condition: Condition) -> _Work:
-        """Has a chunk made, unless that was begun before. Waits for nothing."""
+    def _work(self, k: int, condition: Condition) -> Callable[[], _Work]:
+        """Has a chunk made, unless that was begun before; returns what waits until it is begun."""
         if k not in self._begun:
-            self._begun[k] = self._begin(k, condition)
+            if self._beside:
+                self._begun[k] = self._beside.submit(self._begin, k, condition).result
+            else:
+                made = self._begin(k, condition)
+                self._begun[k] = lambda: made
         return self._begun[k]
 
     def _begin(self, k: int, condition: Condition) -> _Work:
+        """Gives the devices one chunk to make. Waits for none of its results."""
         history, anchor, has_anchor = condition
         drawn = self._sampler.draw(self._source, k, self._batch)
         latents, frames, finite = [], [], []
