@@ -6,6 +6,7 @@ them. The order of the draws is that of the original, so that its noise can be f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -78,7 +79,8 @@ class ConditionEncoder:
         """Video to video (continuation).
 
         Args:
-          video: [B, F, H, W, 3] in [-1, 1]; whole chunks of 33 frames are taken from its end.
+          video: [B, F, H, W, 3] in [-1, 1]; whole chunks of 33 frames are taken from its end. Of those only the newest
+            that fill the history are encoded; numbers are drawn for all, as the original does.
         Raises:
           UserError: fewer than 33 frames.
         """
@@ -89,14 +91,17 @@ class ConditionEncoder:
         chunks = frames // self.window
         start = frames - chunks * self.window
         anchor = self._encode(video[:, :1], source.normal(noise.ANCHOR_POSTERIOR, (), (b, 1, *shape[2:])))
-        latents = [
-            self._encode(video[:, start + i * self.window: start + (i + 1) * self.window],
-                         source.normal(noise.VIDEO_POSTERIOR, (i,), shape))
-            for i in range(chunks)
-        ]
+        oldest = max(0, chunks - math.ceil(self.layout.frames / self.layout.chunk))
+        latents = {}
+        for i in range(chunks):
+            eps, first = source.normal(noise.VIDEO_POSTERIOR, (i,), shape), start + i * self.window
+            if i >= oldest:
+                latents[i] = self._encode(video[:, first: first + self.window], eps)
         anchor = self._noised(source, anchor, noise.ANCHOR_SIGMA, noise.ANCHOR_NOISE, ())
         history = self.empty(b, height, width).history
-        for i, z in enumerate(latents):
+        for i in range(chunks):
+            # A chunk that was not encoded leaves the history before it ends.
+            z = latents.get(i, jnp.zeros(shape))
             history = self.layout.append(history, self._noised(source, z, noise.VIDEO_SIGMA, noise.VIDEO_NOISE, (i,)))
         return Condition(history, anchor, True)
 
