@@ -96,7 +96,8 @@ class MeshConfig:
         if -1 in sizes.values():
             if num_devices % fixed:
                 raise UserError(f"mesh: {num_devices} devices do not divide by {fixed}, the product of the given sizes "
-                                f"({_listing(sizes)})")
+                                f"({_listing(sizes)}), but by "
+                                + ", ".join(str(n) for n in range(1, num_devices + 1) if num_devices % n == 0))
             return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
         if fixed > num_devices:
             raise UserError(f"mesh: {_listing(sizes)} needs {fixed} devices, there are {num_devices}")

@@ -38,4 +38,5 @@ def test_only_self_attention_over_divided_tokens_exchanges_them(report):
 
 
 def test_heads_that_do_not_divide_are_named(report):
-    assert report["error"] == ("mesh: heads times samples of one device, here 3, do not divide by 8 (mesh.context 8)")
+    assert report["error"] == ("mesh: heads times samples of one device, here 3, do not divide by 8 (mesh.context 8), "
+                               "but by 1, 3")

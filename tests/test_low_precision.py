@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -316,6 +317,12 @@ def test_what_does_not_go_with_a_precision_is_one_clear_line(model, converted, t
 def test_training_does_not_start_from_a_quantised_model(converted):
     line = one_line(start_values, str(converted("int8")), "objective.init_from", LoraConfig(), None, TRANSFORMER, 0)
     assert "is quantised (int8); train from the original model" in line
+
+
+def test_from_python_a_warning_says_what_the_device_does_not_multiply(converted):
+    with pytest.warns(UserWarning, match="^precision fp8 on cpu: .*; in few bits it multiplies int8$") as warned:
+        HeliosPipeline.from_pretrained(converted("fp8"), unroll=1)
+    assert [Path(one.filename).name for one in warned] == ["test_low_precision.py"]  # where it was asked for
 
 
 def test_what_a_device_does_not_multiply_is_said_in_one_line():

@@ -30,7 +30,8 @@ def test_a_video_on_eight_devices_is_the_one_of_a_single_device(variant, tmp_pat
     """Two chunks with guidance: the second one sees history and anchor of the first."""
     found = found_by_the_worker(tmp_path, variant)
     assert found["range"] > 0.1 and max(found["differences"]) <= 1e-5 * found["range"], found
-    assert found["refused"] == "mesh: 4 attention heads do not divide by 8 (mesh.tensor 8)"
+    assert found["refused"] == ("mesh: 4 attention heads do not divide by 8 (mesh.tensor 8), but by 1, 2, 4; without a "
+                                "mesh (no --mesh) one device makes the videos")
 
 
 def test_a_vae_divided_in_stripes_gives_the_numbers_of_the_whole_one(tmp_path):
@@ -57,11 +58,14 @@ def test_a_mesh_that_makes_no_sense_is_one_clear_line(value, message):
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-def test_a_mesh_of_more_devices_than_there_are_is_one_clear_line(tmp_path, monkeypatch):
+def test_a_mesh_of_more_devices_than_there_are_is_one_clear_line(tmp_path, capsys):
     config = tmp_path / "options.json"
     config.write_text(json.dumps({"prompt": "a red circle", "mesh": {"fsdp": 64}, "quiet": True,
                                   "output": str(tmp_path / "video.mp4")}))
     with pytest.raises(SystemExit) as end:
         sample.main(["--config", str(config)])
     assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: mesh: data 1 x fsdp 64 x context 1 x tensor 1 needs 64 devices, there ")
+    assert line.endswith("; without a mesh (no --mesh) one device makes the videos\n") and line.count("\n") == 1
     assert not (tmp_path / "video.mp4").exists()

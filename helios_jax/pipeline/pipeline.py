@@ -6,10 +6,10 @@ time per chunk do not depend on how many chunks came before.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,9 +39,10 @@ from helios_jax.models.vae import (
     normalize_latents,
     posterior_sample,
 )
+from helios_jax.pipeline import memory
 from helios_jax.pipeline import request as check
 from helios_jax.pipeline.conditioning import Condition, ConditionEncoder
-from helios_jax.pipeline.placement import Placement
+from helios_jax.pipeline.placement import Placement, plain_path_offered
 from helios_jax.pipeline.prompts import PromptChange, PromptTrack, checked_schedule, rows_needed, with_rows
 from helios_jax.pipeline.request import SamplingOptions
 from helios_jax.pipeline.sampler import ChunkSampler, SamplingPlan
@@ -108,6 +109,7 @@ class HeliosPipeline:
             self.variables["lora"] = jax.tree.map(jnp.asarray, lora) if partition is None else sharding.place(
                 lora, sharding.param_shardings(partition, lora))
         self._tokenizer = tokenizer
+        self.budget: memory.Budget | None = None  # of :meth:`from_pretrained`
         # Compiled here and not per run, so that a second video of the same size compiles nothing.
         self._context = sharding.jit(partition, self.transformer.text_context, static_argnames="total")
         self._encode = sharding.jit(partition, functools.partial(_encode_window, self.vae))
@@ -123,7 +125,7 @@ class HeliosPipeline:
         self.variables["params"] = self.params["transformer"]
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, dtype: str = "float32", vae_dtype: str = "float32",
+    def from_pretrained(cls, model: str | Path, *, dtype: str | None = None, vae_dtype: str | None = None,
                         lora: Sequence[tuple[str | Path, float]] = (), merge_lora: bool = True,
                         unroll: int | None = None, mesh: MeshConfig | None = None, precision: str | None = None,
                         stream_weights: bool = False, compile_for: Mapping[str, Any] | None = None
@@ -132,33 +134,40 @@ class HeliosPipeline:
 
         Args:
           model: hub id or folder, in the published layout or as written by ``python -m helios_jax.convert``.
-          dtype: 'float32' or 'bfloat16', of transformer and text encoder.
+          dtype: 'float32' or 'bfloat16', of transformer and text encoder; None: float32 on a CPU, bfloat16 elsewhere.
+          vae_dtype: of the VAE; None: as ``dtype``.
           lora: (file or folder, weight) pairs.
           merge_lora: add the adapters to the weights; False keeps them apart.
           mesh: divide the model over several devices (docs/pods.md); None takes the first one.
           precision: of the linear layers, 'none' or a mode of docs/low_precision.md, into which they are quantised
-            while the weights are read; None takes the checkpoint as it is, quantised or not.
+            while the weights are read; None takes the checkpoint as it is, quantised or not. A warning tells where
+            the device multiplies in a wider type.
           stream_weights: keep the weights of transformer and text encoder in the host's memory and copy them to the
             device layer by layer, for devices that the model does not fit. Adapters then stay apart.
           compile_for: arguments of :meth:`compile`: its programs are compiled while the weights are read.
 
         Raises:
-          UserError: the checkpoint or an adapter cannot be used, or the mesh does not fit; one line.
+          UserError: the checkpoint or an adapter cannot be used, the mesh does not fit, or the model, or with
+            ``compile_for`` the run, needs more memory than there is; one line.
         """
+        dtype = ("float32" if jax.default_backend() == "cpu" else "bfloat16") if dtype is None else dtype
+        vae_dtype = dtype if vae_dtype is None else vae_dtype
         for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
             check.checked_choice(name, value, tuple(DTYPES))
         compute, vae_compute = DTYPES[dtype], DTYPES[vae_dtype]
         folder = read_model_folder(resolve_model(model))
+        check.checked_history_patches(folder.transformer)
         dtypes = {"transformer": compute, "text_encoder": compute, "vae": vae_compute}
         precision = folder.precision("transformer") if precision is None else precision
-        check_precision(precision, jax.devices()[0].device_kind)
-        partition = None if mesh is None else Partition.create(mesh)
+        if note := check_precision(precision, jax.devices()[0].device_kind):
+            warnings.warn(note, stacklevel=2)
+        with plain_path_offered():
+            partition = None if mesh is None else Partition.create(mesh)
+            if partition is not None:
+                partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         if partition is not None and stream_weights:
             raise UserError("stream_weights: goes with one device, not with a mesh")
         placement = Placement(folder, dtypes, precision, partition, stream_weights)
-        placement.check_device()
-        if partition is not None:
-            partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         # The small files first: a mistake in them shows before gigabytes are read.
         loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
         merge_lora = merge_lora and not stream_weights
@@ -167,20 +176,28 @@ class HeliosPipeline:
         pipeline = cls(folder, placement.abstract(), dtype=compute, vae_dtype=vae_compute,
                        lora=None if merge_lora or not loaded else adapter_tree(loaded), unroll=unroll,
                        partition=partition, streamed=stream_weights)
-        with ThreadPoolExecutor(1) as beside:
-            # Abstract arrays of one device do not tell the compiler in which of its memories they lie.
-            compiled = None
-            if compile_for is not None and not stream_weights:
-                compiled = beside.submit(pipeline.compile, **compile_for)
-            _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=placement.shardings(),
-                                             precision=precision)
-            if loaded and merge_lora:
-                params["transformer"] = merge(params["transformer"], loaded)
-            if compiled is not None:
-                compiled.result()
+        pipeline.budget = memory.Budget(placement, merges=bool(loaded) and merge_lora)
+        pipeline.budget.check()
+        lowerings = [] if compile_for is None else pipeline._lowerings(**compile_for)
+        # Not waited for where the weights turn out to be damaged.
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            with memory.explained(pipeline.budget, "reading the weights and compiling"):
+                # Abstract arrays of one device do not tell the compiler in which of its memories they lie.
+                compiling = [] if stream_weights else [pool.submit(_compiled, lower) for lower in lowerings]
+                _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=placement.shardings(),
+                                                 precision=precision)
+                if loaded and merge_lora:
+                    params["transformer"] = merge(params["transformer"], loaded)
+                programs = [each.result() for each in compiling]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         pipeline._bind(params)
+        pipeline.budget = dataclasses.replace(pipeline.budget, loaded=True)
         if compile_for is not None and stream_weights:
             pipeline.compile(**compile_for)
+        elif compile_for is not None:
+            pipeline._check_memory(programs)
         return pipeline
 
     def compile(self, prompts: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] = "",
@@ -194,11 +211,25 @@ class HeliosPipeline:
           frames_dtype, options, fields: as for :meth:`stream`.
 
         Raises:
-          UserError: any field out of range.
+          UserError: any field out of range, or more memory is needed than there is.
         """
+        lowerings = self._lowerings(prompts, negative_prompt=negative_prompt, frames_dtype=frames_dtype,
+                                    options=options, **fields)
+        with memory.explained(self.budget, "compiling"), ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._check_memory(list(pool.map(_compiled, lowerings)))
+
+    def _check_memory(self, programs: Sequence[jax.stages.Compiled]) -> None:
+        if self.budget is not None:
+            self.budget.check(memory.compiled_bytes(programs))
+
+    def _lowerings(self, prompts: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] = "",
+                   frames_dtype: str = "float32", options: SamplingOptions | None = None, **fields: Any
+                   ) -> list[Callable[[], jax.stages.Lowered]]:
+        """Functions that trace the programs of :meth:`compile`, whose arguments these are."""
         check.checked_choice("frames_dtype", frames_dtype, FRAMES_DTYPES)
         options = self._checked_options(options, fields)
         plan, videos, place = self._plan(options), options.videos_at_once, self._place
+        self._expect(plan, options, videos)
         texts = [*check.checked_prompts("prompt", prompts)]
         texts += check.checked_prompts("negative_prompt", negative_prompt) if plan.guided else ()
         lengths = np.array([len(ids) for ids in text_path.token_ids(self._tokens, texts)])
@@ -219,8 +250,15 @@ class HeliosPipeline:
             lowerings.append(lambda: self._context.lower(self.variables, rows, counts, total=text_path.MAX_TOKENS))
             lowerings += [functools.partial(text_path.lower_encoder, self.text_encoder, self.params["text_encoder"], n)
                           for n in sorted({text_path.stored_rows(n) for n in lengths})]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            collections.deque(pool.map(lambda lower: lower().compile(), lowerings), maxlen=0)
+        return lowerings
+
+    def _expect(self, plan: SamplingPlan, options: SamplingOptions, videos: int) -> None:
+        """Refuses a run of so many videos in one program that does not fit the devices. Its weights may be there."""
+        if self.budget is not None:
+            request = memory.Request(options.height, options.width, videos, plan.guided)
+            step = 16 * 2 ** (len(plan.steps) - 1)
+            self.budget = dataclasses.replace(self.budget, request=request, step=step)
+            self.budget.check()
 
     @property
     def _place(self) -> jax.sharding.Sharding | None:
@@ -251,7 +289,8 @@ class HeliosPipeline:
 
     def __call__(self, prompt: str | Sequence[str], **request: Any) -> np.ndarray:
         """The whole video, float32 [B, F, H, W, 3] in [0, 1]. Arguments as :meth:`stream`."""
-        return np.concatenate([chunk.frames for chunk in self.stream(prompt, **request)], axis=1)
+        with memory.explained(self.budget, "sampling"):
+            return np.concatenate([chunk.frames for chunk in self.stream(prompt, **request)], axis=1)
 
     def stream(
         self,
@@ -295,12 +334,14 @@ class HeliosPipeline:
         check.checked_choice("frames_dtype", frames_dtype, FRAMES_DTYPES)
         if image is not None and video is not None:
             raise UserError("image and video: give one of them, not both")
-        pixels = _checked_pixels("image" if video is None else "video", image if video is None else video,
-                                 len(prompts), options.height, options.width)
+        pixels = check.checked_pixels("image" if video is None else "video", image if video is None else video,
+                                      len(prompts), options.height, options.width)
         plan = self._plan(options)
         if self._partition is not None:
-            self._partition.attention.check(options.videos_at_once * (2 if plan.guided else 1),
-                                            self.folder.transformer.num_attention_heads)
+            with plain_path_offered():
+                self._partition.attention.check(options.videos_at_once * (2 if plan.guided else 1),
+                                                self.folder.transformer.num_attention_heads)
+        self._expect(plan, options, min(options.videos_at_once, len(prompts)))
         encoder = ConditionEncoder(functools.partial(self._encode, self.params["vae"]), self.folder.vae, plan.layout,
                                    options.condition_sigma)
         changes = ()
@@ -412,7 +453,7 @@ class VideoStream(Iterator[Chunk]):
         if pixels is None:
             condition = encoder.empty(self._batch, options.height, options.width)
         else:
-            condition = (encoder.video if is_video else encoder.image)(source, jnp.asarray(pixels))
+            condition = (encoder.video if is_video else encoder.image)(source, pixels)
         if not options.keep_first_frame:
             condition = condition._replace(anchor=jnp.zeros_like(condition.anchor))
         self._condition = condition._replace(history=pipeline.placed(condition.history),
@@ -505,6 +546,10 @@ class VideoStream(Iterator[Chunk]):
         return self._contexts[1]
 
 
+def _compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+    return lower().compile()
+
+
 def _encode_window(vae: WanVAE, params: Params, video: Array, eps: Array) -> Array:
     """Frames [B, F, H, W, 3] in [-1, 1] and posterior normals -> normalised latents [B, T, h, w, 16] float32."""
     video = video.astype(vae.dtype)
@@ -535,22 +580,3 @@ def decode_chunk(vae: WanVAE, params: Params, latents: Array) -> Array:
 def decode_chunk_uint8(vae: WanVAE, params: Params, latents: Array) -> tuple[Array, Array]:
     frames = decode_chunk(vae, params, latents)
     return jnp.rint(frames * 255).astype(jnp.uint8), jnp.isfinite(frames).all()
-
-
-def _checked_pixels(name: str, pixels: np.ndarray | None, batch: int, height: int, width: int) -> np.ndarray | None:
-    """Image [B, H, W, 3] or video [B, F, H, W, 3], repeated for the batch where one was given for all."""
-    if pixels is None:
-        return None
-    rank = 4 if name == "image" else 5
-    pixels = np.asarray(pixels)
-    pixels = pixels[None] if pixels.ndim == rank - 1 else pixels
-    if pixels.ndim != rank or pixels.shape[-3:] != (height, width, 3) or len(pixels) not in (1, batch):
-        raise UserError(f"{name}: shape [{'1 or ' if batch > 1 else ''}{batch}, {'frames, ' if rank == 5 else ''}"
-                        f"{height}, {width}, 3] expected, got {list(pixels.shape)}")
-    if rank == 5 and pixels.shape[1] < check.CHUNK_FRAMES:
-        raise UserError(f"video: at least {check.CHUNK_FRAMES} frames are needed, got {pixels.shape[1]}")
-    if pixels.dtype.kind != "f" or not np.abs(pixels).max() <= 1:  # also catches NaN
-        raise UserError(f"{name}: floats from -1 to 1 expected (see helios_jax.video.preprocess_{name}), got "
-                        f"{pixels.dtype} from {pixels.min():g} to {pixels.max():g}")
-    pixels = pixels.astype(np.float32)
-    return np.repeat(pixels, batch, axis=0) if len(pixels) != batch else pixels

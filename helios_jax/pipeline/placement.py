@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -67,12 +68,14 @@ class Placement:
         return found
 
     def bytes(self) -> WeightBytes:
-        """Counted from the configurations; on a mesh, of all devices together without what several of them hold."""
+        """Counted from the configurations; on a mesh, of one device."""
         device = host = visiting = 0
         for component in COMPONENTS:
             two_layers = 0
-            for path, leaf in flatten(self._shapes(component)):
-                size = math.prod(leaf.shape) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
+            shapes = self._shapes(component)
+            places = {} if self.partition is None else dict(flatten(self._shardings(component, shapes)))
+            for path, leaf in flatten(shapes):
+                size = _bytes(places[path].shard_shape(leaf.shape) if places else leaf.shape, leaf.dtype)
                 if not (self.streamed and is_streamed(component, path, leaf.shape)):
                     device += size
                     continue
@@ -84,22 +87,11 @@ class Placement:
             visiting = max(visiting, two_layers)
         return WeightBytes(device, host, visiting)
 
-    def check_device(self) -> None:
-        """Refuses weights that alone are more than the memory of the one device.
-
-        Raises:
-          UserError: they do not fit; it says what streaming would need.
-        """
-        room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        needed = self.bytes()
-        if self.partition is not None or room is None or needed.device + needed.visiting <= room:
-            return
-        message = f"memory: the weights take {_gb(needed.device + needed.visiting)} of the device's {_gb(room)}"
-        if not self.streamed:
-            other = dataclasses.replace(self, streamed=True).bytes()
-            message += (f"; with stream_weights {_gb(other.device + other.visiting)}, and {_gb(other.host)} of the "
-                        "host's")
-        raise UserError(message)
+    def layer_bytes(self) -> int:
+        """Of one block of the transformer, as a device holds it that has gathered what ``fsdp`` divides."""
+        divided = 1 if self.partition is None else self.partition.size("heads")
+        blocks = self._shapes("transformer")["blocks"]
+        return sum(_bytes(leaf.shape[1:], leaf.dtype) for _, leaf in flatten(blocks)) // divided
 
     def _shapes(self, component: str) -> PyTree:
         return abstract_params(component, self.folder.config(component), self.dtypes[component],
@@ -113,5 +105,14 @@ class Placement:
         return streamed_places(component, shapes, places) if self.streamed else places
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+@contextlib.contextmanager
+def plain_path_offered() -> Iterator[None]:
+    """Adds to the line about a mesh that does not fit that there is a way without one."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; without a mesh (no --mesh) one device makes the videos") from None
+
+
+def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return math.prod(shape) * jax.dtypes.itemsize_bits(dtype) // 8

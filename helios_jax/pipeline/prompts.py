@@ -41,6 +41,8 @@ def parse_schedule(text: str) -> tuple[PromptChange, ...]:
       UserError: not readable, no entries, unknown keys, or chunks that do not ascend.
     """
     origin = "prompt_schedule"
+    if not text.strip():
+        raise UserError(f"{origin}: a JSON file or JSON text is expected, got {text!r}")
     if not text.lstrip().startswith(("[", "{")):
         origin = f"prompt_schedule: {text[:200]}"
         try:

@@ -8,7 +8,9 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-from helios_jax.config import ModelIndex, SchedulerConfig
+import numpy as np
+
+from helios_jax.config import ModelIndex, SchedulerConfig, TransformerConfig
 from helios_jax.errors import UserError
 
 CHUNK_FRAMES = 33  # RGB frames of a chunk; 9 latent frames
@@ -159,6 +161,15 @@ def checked_guidance(scale: float | None, index: ModelIndex, allow_distilled: bo
     return float(scale)
 
 
+def checked_history_patches(config: TransformerConfig) -> None:
+    """Raises:
+      UserError: the transformer cannot see a history, of which sampling consists.
+    """
+    if not config.has_multi_term_memory_patch:
+        raise UserError("transformer/config.json: has_multi_term_memory_patch: sampling needs true (a model that sees "
+                        "the chunks before), got False")
+
+
 def checked_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raises:
       UserError: not one of the allowed values.
@@ -225,3 +236,26 @@ def broadcast(name: str, values: Sequence[Any], batch: int) -> tuple[Any, ...]:
     if len(values) not in (1, batch):
         raise UserError(f"{name}: 1 or {batch} values expected (one per prompt), got {len(values)}")
     return tuple(values) * (batch if len(values) == 1 else 1)
+
+
+def checked_pixels(name: str, pixels: np.ndarray | None, batch: int, height: int, width: int) -> np.ndarray | None:
+    """Image [B, H, W, 3] or video [B, F, H, W, 3], repeated for the batch where one was given for all.
+
+    Raises:
+      UserError: another shape, or no floats from -1 to 1.
+    """
+    if pixels is None:
+        return None
+    rank = 4 if name == "image" else 5
+    pixels = np.asarray(pixels)
+    pixels = pixels[None] if pixels.ndim == rank - 1 else pixels
+    if pixels.ndim != rank or pixels.shape[-3:] != (height, width, 3) or len(pixels) not in (1, batch):
+        raise UserError(f"{name}: shape [{'1 or ' if batch > 1 else ''}{batch}, {'frames, ' if rank == 5 else ''}"
+                        f"{height}, {width}, 3] expected, got {list(pixels.shape)}")
+    if rank == 5 and pixels.shape[1] < CHUNK_FRAMES:
+        raise UserError(f"video: at least {CHUNK_FRAMES} frames are needed, got {pixels.shape[1]}")
+    if pixels.dtype.kind != "f" or not np.abs(pixels).max() <= 1:  # also catches NaN
+        raise UserError(f"{name}: floats from -1 to 1 expected (see helios_jax.video.preprocess_{name}), got "
+                        f"{pixels.dtype} from {pixels.min():g} to {pixels.max():g}")
+    pixels = pixels.astype(np.float32)
+    return np.repeat(pixels, batch, axis=0) if len(pixels) != batch else pixels

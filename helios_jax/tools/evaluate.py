@@ -79,7 +79,7 @@ def judge(settings: Settings, entries: Sequence[dict[str, Any]]) -> tuple[str, l
     """Samples and reads the videos of some entries of a prompt file; returns the model's variant with the readings."""
     from helios_jax.pipeline.pipeline import HeliosPipeline
 
-    pipeline = HeliosPipeline.from_pretrained(settings.model, precision=settings.precision)
+    pipeline = HeliosPipeline.from_pretrained(settings.model, dtype="float32", precision=settings.precision)
     judged: list[Judged] = []
     start = time.monotonic()
     for first in range(0, len(entries), settings.batch):

@@ -49,14 +49,19 @@ class AttentionPartition:
         """Raises UserError unless the heads, and where there is an exchange samples times heads, divide."""
         parts = self.size(self.heads)
         if heads % parts:
-            raise UserError(f"mesh: {heads} attention heads do not divide by {parts} ({self._listing(self.heads)})")
+            raise UserError(f"mesh: {heads} attention heads do not divide by {parts} ({self._listing(self.heads)}), "
+                            f"but by {_divisors(heads)}")
         folded = batch // self.size(self.batch_axes(batch)) * (heads // parts)
         if exchange and folded % self.size(self.tokens):
             raise UserError(f"mesh: heads times samples of one device, here {folded}, do not divide by "
-                            f"{self.size(self.tokens)} ({self._listing(self.tokens)})")
+                            f"{self.size(self.tokens)} ({self._listing(self.tokens)}), but by {_divisors(folded)}")
 
     def _listing(self, axes: tuple[str, ...]) -> str:
         return " x ".join(f"mesh.{axis} {self.mesh.shape[axis]}" for axis in axes)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 _CURRENT: ContextVar[AttentionPartition | None] = ContextVar("attention_partition", default=None)
