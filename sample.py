@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     model = p.add_argument_group("model")
     model.add_argument("--model", metavar="ID_OR_FOLDER", help="hub id or folder, published layout or as written by "
                        "python -m helios_jax.convert (default: the small Distilled model in the box)")
+    model.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the hub id in --model")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of transformer and text encoder "
                        "(default float32 on a CPU, else bfloat16)")
     model.add_argument("--vae_dtype", choices=("float32", "bfloat16"), help="of the video decoder and encoder (default "
@@ -178,7 +181,7 @@ def parse_steps(value: Any) -> tuple[int, ...] | None:
     parts = value if isinstance(value, list) else str(value).replace(" ", ",").split(",")
     try:
         steps = tuple(int(part) for part in parts if part != "")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last one: infinity
         steps = ()
     if not steps or any(isinstance(part, float) and part != int(part) for part in parts):
         raise UserError(f"--steps: whole numbers separated by commas expected, got {value!r}")
@@ -292,15 +295,17 @@ def main(argv: list[str] | None = None) -> int:
     from helios_jax import video as video_io
     from helios_jax.convert.folder import read_model_folder, resolve_model
     from helios_jax.models.quantize import check_precision
+    from helios_jax.pipeline import memory
     from helios_jax.pipeline.pipeline import HeliosPipeline
     from helios_jax.pipeline.prompts import checked_schedule, parse_schedule
     from helios_jax.pipeline.request import CHUNK_FRAMES, DEFAULT_FPS, SamplingOptions
+    from helios_jax.text import Tokenizer, token_ids
 
     if mesh is not None:
         distributed.initialise()
     # Everything that can be wrong is looked at before the weights are read, which may take minutes.
     schedule = given.get("prompt_schedule", ())
-    if schedule or schedule == []:
+    if "prompt_schedule" in given:
         schedule = parse_schedule(schedule) if isinstance(schedule, str) else checked_schedule(schedule)
     if "prompts_file" in given:
         prompts = read_prompts(given["prompts_file"])
@@ -313,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     paths, fps = outputs(given, prompts), given.get("fps", DEFAULT_FPS)
     image = video_io.read_image(given["image"]) if "image" in given else None
     frames = video_io.read_video(given["video"], min_frames=CHUNK_FRAMES) if "video" in given else None
-    folder = read_model_folder(resolve_model(given.get("model", BOX)))
+    folder = read_model_folder(resolve_model(given.get("model", BOX), given.get("revision")))
     run = SamplingOptions(
         **{key: given[key] for key in ("height", "width", "num_frames", "seed", "skip_first_chunk",
                                        "allow_distilled_guidance") if key in given},
@@ -335,24 +340,30 @@ def main(argv: list[str] | None = None) -> int:
     note = check_precision(precision, jax.devices()[0].device_kind)
     if note and is_first and not given.get("quiet", False):
         print(note, file=sys.stderr)
-    dtype = given.get("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     negative, frames_dtype = given.get("negative_prompt", ""), "uint8"
-    ahead = {"prompts": [prompts[0], *(change.prompt for change in schedule)], "negative_prompt": negative,
-             "frames_dtype": frames_dtype, "options": run}
+    texts = [*prompts, *(change.prompt for change in schedule)]
+    if len(prompts) > 1:  # one program for all of them
+        read = [*texts, negative] if run.guidance_scale > 1 else texts
+        rows = map(len, token_ids(Tokenizer.from_folder(folder.tokenizer), read))
+        run = dataclasses.replace(run, text_rows=max(rows))
+    ahead = {"prompts": texts, "negative_prompt": negative, "frames_dtype": frames_dtype, "options": run}
     if sys.stderr.isatty() and not given.get("quiet", False):  # elsewhere a mistake is to cost one line
         print("reading the weights, compiling the programs", file=sys.stderr, flush=True)
-    pipeline = HeliosPipeline.from_pretrained(
-        folder.root, dtype=dtype, vae_dtype=given.get("vae_dtype", dtype), lora=lora,
-        merge_lora=not given.get("lora_apart", False), mesh=mesh,
-        precision=precision, stream_weights=given.get("stream_weights", False), compile_for=ahead)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="precision ")  # said above
+        pipeline = HeliosPipeline.from_pretrained(
+            folder.root, dtype=given.get("dtype"), vae_dtype=given.get("vae_dtype"), lora=lora,
+            merge_lora=not given.get("lora_apart", False), mesh=mesh,
+            precision=precision, stream_weights=given.get("stream_weights", False), compile_for=ahead)
     for prompt, path in zip(prompts, paths, strict=True):
         stream = pipeline.stream(prompt, negative_prompt=negative, image=image, video=frames, prompt_schedule=schedule,
                                  options=run, lookahead=True, frames_dtype=frames_dtype)
-        if not is_first:  # of several processes the first one writes
-            collections.deque(stream, maxlen=0)
-            continue
-        progress = Progress(path.name, stream, given.get("quiet", False))
-        sample_one(stream, video_io.VideoWriter(path, fps), progress)
+        with memory.explained(pipeline.budget, "sampling"):
+            if not is_first:  # of several processes the first one writes
+                collections.deque(stream, maxlen=0)
+                continue
+            progress = Progress(path.name, stream, given.get("quiet", False))
+            sample_one(stream, video_io.VideoWriter(path, fps), progress)
     return 0
 
 

@@ -30,25 +30,25 @@ def use_cache(folder: str | Path | None = None) -> str | None:
 
     Args:
       folder: made where it is missing; None takes the user's own (:func:`default_cache`), unless the environment or
-        ``jax.config`` names one already, and does without where that cannot be written.
+        ``jax.config`` names one already, and does without where that cannot be read and written.
     Returns: one line to show where the folder holds only programs of other devices or versions, else None.
     Raises:
-      UserError: ``folder`` cannot be written.
+      UserError: ``folder`` cannot be read and written.
     """
     if folder is None and jax.config.jax_compilation_cache_dir is not None:
         return None
     root = default_cache() if folder is None else Path(folder)
     here = program_place()
-    others = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     try:
+        others = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         (root / here).mkdir(parents=True, exist_ok=True)
-        if not os.access(root / here, os.W_OK):
+        if not os.access(root / here, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(13, "no permission")
     except OSError as error:
         if folder is None:
             return None
-        raise UserError(f"compile_cache: {folder} cannot be written ({error.strerror}); name another folder, or 'off'"
-                        ) from None
+        raise UserError(f"compile_cache: {folder} cannot be read and written ({error.strerror}); name another folder, "
+                        "or 'off'") from None
     jax.config.update("jax_compilation_cache_dir", str(root / here))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # there are many small programs, too
     compilation_cache.reset_cache()  # else a program compiled before decides that there is none

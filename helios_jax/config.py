@@ -259,6 +259,9 @@ class ModelIndex(_FromJson):
     def __post_init__(self):
         _require(self.class_name in PIPELINE_CLASSES,
                  f"model_index.json: _class_name must be one of {', '.join(PIPELINE_CLASSES)}, got {self.class_name!r}")
+        size = self.native_size
+        _require(isinstance(size, tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size),
+                 f"model_index.json: _native_size: [height, width], two positive whole numbers, expected, got {size!r}")
         dmd = self.scheduler_class == "HeliosDMDScheduler"
         _require(self.is_distilled == dmd, f"model_index.json: is_distilled={self.is_distilled} does not go with "
                  f"the scheduler {self.scheduler_class} (is_distilled needs HeliosDMDScheduler and no other)")

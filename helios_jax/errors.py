@@ -8,6 +8,7 @@ foreign checkpoint). The line names the field, the value received and what is al
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,19 +22,27 @@ class UserError(ValueError):
 def command_line(main: Callable[..., int | None]) -> Callable[..., None]:
     """Wraps a program's ``main``: prints a :class:`UserError` as one line and exits with code 2.
 
-    Any other exception is a defect of this project and keeps its traceback. Ctrl-C exits with code 130.
+    Any other exception is a defect of this project and keeps its traceback. Ctrl-C exits with code 130. Where the
+    reader of stdout has gone (``| head``) the program ends with code 1 and says nothing.
     """
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
         try:
-            code = main(*args, **kwargs)
+            try:
+                code = main(*args, **kwargs)
+            except SystemExit as end:  # argparse's --help
+                code = end.code
+            sys.stdout.flush()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush complains
+            sys.exit(1)
         sys.exit(code or 0)
 
     return run

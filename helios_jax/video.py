@@ -277,8 +277,8 @@ class VideoWriter:
         suffix = self.path.suffix.lower()
         if suffix not in FORMATS:
             raise UserError(f"output: got {self.path.name!r}, allowed are .mp4, .gif, or no suffix for a PNG folder")
-        if not 0 < fps <= 1000:
-            raise UserError(f"fps: got {fps}, allowed are more than 0 and up to 1000")
+        if not 0.01 <= fps <= 1000:
+            raise UserError(f"fps: got {fps}, allowed are 0.01 to 1000")
         if not 0 <= crf <= 51:
             raise UserError(f"crf: got {crf}, allowed are 0 to 51")
         self.format = FORMATS[suffix]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pathlib
+import shutil
+import threading
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +68,23 @@ def test_a_mistake_in_what_is_to_be_compiled_is_told_as_that_in_a_run(folder):
         HeliosPipeline.from_pretrained(folder, compile_for={"width": 60, "height": 64})
 
 
+def test_a_damaged_checkpoint_is_told_while_programs_are_still_being_compiled(folder, tmp_path, monkeypatch):
+    damaged, begun, told = tmp_path / "damaged", threading.Event(), threading.Event()
+    shutil.copytree(folder, damaged)
+    weights = damaged / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+    def compile_for_ever(lower):
+        begun.set()
+        assert told.wait(60)
+
+    monkeypatch.setattr("helios_jax.pipeline.pipeline._compiled", compile_for_ever)
+    with pytest.raises(UserError, match="truncated"):
+        HeliosPipeline.from_pretrained(damaged, compile_for={"prompts": PROMPT, **RUN})
+    assert begun.is_set() and not told.is_set()
+    told.set()
+
+
 @pytest.fixture
 def restored():
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -83,17 +105,43 @@ def test_a_cache_serves_a_program_that_was_compiled_before(restored, tmp_path):
 
 
 def test_programs_of_another_device_are_left_alone_and_one_line_says_so(restored, tmp_path):
-    (tmp_path / "NVIDIA_H100-jax-0.1").mkdir()
+    other = tmp_path / "NVIDIA_H100-jax-0.1"
+    other.mkdir()
+    # The same programs under the same names, but damaged: JAX would say so if it read them.
+    assert use_cache(tmp_path / "own") is None
+    jax.clear_caches()
+    jax.jit(lambda x: jnp.cosh(x @ x) * 1.0625)(jnp.ones((3, 3))).block_until_ready()
+    for program in (tmp_path / "own" / program_place()).iterdir():
+        (other / program.name).write_bytes(b"made elsewhere")
+    shutil.rmtree(tmp_path / "own")
     note = use_cache(tmp_path)
     assert "\n" not in note and "programs of NVIDIA_H100-jax-0.1, none of " + program_place() in note
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / program_place())
+    CACHE_HITS.clear()
+    jax.clear_caches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(lambda x: jnp.cosh(x @ x) * 1.0625)(jnp.ones((3, 3))).block_until_ready()
+    assert not CACHE_HITS and {path.read_bytes() for path in other.iterdir()} == {b"made elsewhere"}
     assert use_cache(tmp_path) is None  # from now on there are
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_only_where_it_was_asked_for(restored, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="compile_cache: .* cannot be written"):
+    with pytest.raises(UserError, match="compile_cache: .* cannot be read and written"):
         use_cache(tmp_path / "file")
+    def no_permission(self):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "closed").mkdir()
+    with monkeypatch.context() as patch:  # root may read everything
+        patch.setattr(pathlib.Path, "iterdir", no_permission)
+        with pytest.raises(UserError, match=r"compile_cache: .*closed cannot be read and written \(Permission"):
+            use_cache(tmp_path / "closed")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed"))
+        jax.config.update("jax_compilation_cache_dir", None)
+        (tmp_path / "closed" / "helios_jax" / "programs").mkdir(parents=True)
+        assert use_cache() is None and jax.config.jax_compilation_cache_dir is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     jax.config.update("jax_compilation_cache_dir", None)
     assert use_cache() is None and jax.config.jax_compilation_cache_dir is None

@@ -178,6 +178,47 @@ def test_prompt_schedule_as_text_file_and_config(run):
     assert not np.array_equal(text[33:], first[33:])
 
 
+def test_one_program_serves_all_prompts_of_a_file(run, monkeypatch):
+    """Also where later ones are longer."""
+    Path("prompts.txt").write_text("a red circle\n" + "a blue square moves up " * 4 + "\n" + "a star " * 60 + "\n")
+    programs, sample_one = [], sample.sample_one
+
+    def counted(stream, *others):
+        sample_one(stream, *others)
+        programs.append(stream._pipeline.compiled_programs())
+
+    monkeypatch.setattr(sample, "sample_one", counted)
+    assert run("--prompts_file", "prompts.txt", *QUICK[2:], "--num_frames", 2, "--output", "all")[0] == 0
+    assert len(programs) == 3 and len(set(programs)) == 1
+
+
+def test_all_prompts_of_a_file_are_compiled_for(run, models, monkeypatch):
+    """With the room that the longest needs; the negative prompt counts where there is guidance."""
+    asked = {}
+
+    class Enough(Exception):
+        pass
+
+    def from_pretrained(model, **options):
+        asked.update(options)
+        raise Enough
+
+    monkeypatch.setattr(HeliosPipeline, "from_pretrained", from_pretrained)
+    Path("prompts.txt").write_text("a red circle\n" + "a star " * 40 + "\n")
+    found = {}
+    for guidance in (1, 3):
+        with pytest.raises(Enough):
+            sample.main(["--prompts_file", "prompts.txt", *QUICK[2:], "--guidance", str(guidance), "--negative_prompt",
+                         "a star " * 100])
+        assert asked["compile_for"]["prompts"] == ["a red circle", ("a star " * 40).strip()]
+        assert asked["dtype"] is None and asked["vae_dtype"] is None  # they follow the device
+        found[guidance] = asked["compile_for"]["options"].text_rows
+    assert 32 < found[1] < found[3] <= 512
+    with pytest.raises(Enough):
+        sample.main(QUICK)
+    assert asked["compile_for"]["options"].text_rows == 0
+
+
 def test_config_file_gives_options_and_the_command_line_wins(run):
     Path("config.json").write_text(json.dumps({
         "prompt": "a red circle", "steps": [1], "guidance": 1, "height": 16.0, "width": 32, "num_frames": 5, "fps": 8,
@@ -248,6 +289,8 @@ def refused(run, named, *arguments, keep: dict[str, bytes] | None = None):
     (["--prompt", "x", "--num_frames", "0"], "num_frames: must be"),
     (["--prompt", "x", "--num_frames", "-7"], "num_frames: must be"),
     (["--prompt", "x", "--num_frames", "1.5"], "invalid int"), (["--prompt", "x", "--fps", "0"], "fps: got 0"),
+    (["--prompt", "x", "--fps", "0.0001"], "fps: got 0.0001, allowed are 0.01 to 1000"),
+    (["--prompt", "x", "--fps", "1001"], "fps: got 1001.0, allowed are 0.01 to 1000"),
     (["--prompt", "x", "--fps", "nan"], "fps: got nan"), (["--prompt", "x", "--fps", "inf"], "fps: got inf"),
     (["--prompt", "x", "--seed", "-1"], "seed: must be"), (["--prompt", "x", "--seed", str(2**64)], "seed: must be"),
     (["--prompt", "x", "--steps", "0"], "steps: positive"),
@@ -285,6 +328,9 @@ def refused(run, named, *arguments, keep: dict[str, bytes] | None = None):
     (["--prompt", "x", "--config", "none.json"], "none.json: no such file"),
     (["--prompt", "x", "--config", "noise"], "noise: cannot be read"),
     (["--prompt", "x", "--config", "blank"], "blank: not valid JSON"),
+    (["--prompt", "x", "--model", "full", "--revision", "main"], "revision: goes with a hub id, got 'main' for the"),
+    (["--prompt_schedule", ""], "prompt_schedule: a JSON file or JSON text is expected, got ''"),
+    (["--prompt_schedule", " \n"], "prompt_schedule: a JSON file or JSON text is expected"),
     (["--prompt_schedule", "none.json"], "prompt_schedule: none.json: cannot be read"),
     (["--prompt_schedule", "noise"], "prompt_schedule: noise: cannot be read"),
     (["--prompt_schedule", "blank"], "prompt_schedule: blank: not valid JSON"),
@@ -331,6 +377,9 @@ def test_mistakes_cost_one_line(run, arguments, named):
     ({"quiet": 1}, "quiet must be true or false"), ({"lora": [1]}, "lora must be a list of texts"),
     ({"lora": {"a": 1}}, "lora must be a list of texts"), ({"dtype": "float16"}, "dtype must be one of float32"),
     ({"steps": {"a": 1}}, "steps must be"), ({"steps": [1.5]}, "--steps: whole numbers"),
+    ({"steps": [float("inf")]}, "--steps: whole numbers"), ({"steps": float("inf")}, "--steps: whole numbers"),
+    ({"fps": float("inf")}, "fps: got inf"), ({"guidance": float("inf")}, "guidance_scale: must be a finite"),
+    ({"prompt_schedule": ""}, "prompt_schedule: a JSON file or JSON text is expected"),
     ({"steps": [None]}, "--steps: whole numbers"), ({"steps": []}, "--steps: whole numbers"),
     ({"prompt_schedule": 3}, "prompt_schedule must be a list"), ({"prompt_schedule": []}, "prompt_schedule: a list"),
 ])
@@ -416,6 +465,11 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
     ("model_index.json", lambda p: edit_json(p, _class_name="WanPipeline"), "is a Wan model"),
     ("model_index.json", lambda p: edit_json(p, is_distilled=True), "is_distilled"),
     ("model_index.json", lambda p: edit_json(p, scheduler=["diffusers", "DDIMScheduler"]), "scheduler"),
+    ("transformer/config.json", lambda p: edit_json(p, has_multi_term_memory_patch=False),
+     "has_multi_term_memory_patch: sampling needs true .*, got False"),
+    *[("model_index.json", lambda p, size=size: edit_json(p, _native_size=size),
+       r"_native_size: \[height, width\], two positive whole numbers, expected, got ")
+      for size in ([64], [64, 64, 64], [0, 64], [64.5, 64], ["64", "64"], [True, 64], "64x64", 64, None, {})],
     ("model_index.json", lambda p: p.write_text("[]"), "expected a JSON object"),
     ("tokenizer/tokenizer.json", Path.unlink, "no tokenizer.json and no spiece.model"),
     ("tokenizer/tokenizer.json", lambda p: p.write_text("{}"), "not a tokenizer"),
@@ -436,6 +490,25 @@ def test_a_hub_id_that_cannot_be_fetched_costs_one_line():
     assert process.returncode == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("error: model 'nobody/nothing-of-this-name': no such folder, and the hub download failed")
     assert not (ROOT / "unused.mp4").exists()
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda p: (p / "tokenizer.json").write_text("{}")])
+def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_are(models, tmp_path, damage, monkeypatch, capfd):
+    model = tmp_path / "model"
+    shutil.copytree(models["base"], model)
+    damage(model / "tokenizer")
+    monkeypatch.setattr("helios_jax.pipeline.pipeline.load_pipeline_params", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(SystemExit) as end:
+        sample.main([*QUICK, "--model", str(model), "--output", str(tmp_path / "v.mp4"), "--compile_cache", "off"])
+    assert end.value.code == 2 and re.search("tokenizer", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+def test_a_reader_of_the_help_that_has_gone_costs_no_traceback(script):
+    process = subprocess.Popen([sys.executable, str(ROOT / script), "--help"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
 
 
 # --- Full disk and Ctrl-C --------------------------------------------------------------------------------------

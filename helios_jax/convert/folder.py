@@ -83,6 +83,8 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     """
     path = Path(model)
     if path.is_dir():
+        if revision is not None:
+            raise UserError(f"revision: goes with a hub id, got {revision!r} for the folder {path}")
         return path
     if path.exists():
         hint = " (pickle files are refused)" if path.suffix in _PICKLES else ""
