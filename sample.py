@@ -105,6 +105,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--format", choices=SUFFIXES, help="where --output does not say it (default mp4)")
     out.add_argument("--compile_cache", metavar="DIR", help="folder that keeps compiled programs for later runs, or "
                      "'off' (default: helios_jax/programs in the user's cache folder)")
+    out.add_argument("--compile_only", action="store_true", help="compile the programs of this run into the cache, read "
+                     "no weights, write no video")
     out.add_argument("--quiet", action="store_true", help="no progress on stderr")
     out.add_argument("--config", metavar="FILE", help="a JSON file whose keys are the long options without dashes; the "
                      "command line wins")
@@ -128,6 +130,8 @@ def options(argv: list[str]) -> dict[str, Any]:
     for one, other in EXCLUSIVE:
         if one in given and other in given:
             raise UserError(f"--{one} and --{other}: give one of them, not both")
+    if "compile_only" in given and given.get("compile_cache") == "off":
+        raise UserError("--compile_only: needs the cache, got --compile_cache off")
     if "format" in given and "output" in given and "prompts_file" not in given:
         raise UserError("--format: the name in --output says it already; it goes with --prompts_file or without "
                         "--output")
@@ -354,7 +358,10 @@ def main(argv: list[str] | None = None) -> int:
         pipeline = HeliosPipeline.from_pretrained(
             folder.root, dtype=given.get("dtype"), vae_dtype=given.get("vae_dtype"), lora=lora,
             merge_lora=not given.get("lora_apart", False), mesh=mesh,
-            precision=precision, stream_weights=given.get("stream_weights", False), compile_for=ahead)
+            precision=precision, stream_weights=given.get("stream_weights", False), compile_for=ahead,
+            read_weights=not given.get("compile_only", False))
+    if given.get("compile_only", False):
+        return 0
     for prompt, path in zip(prompts, paths, strict=True):
         stream = pipeline.stream(prompt, negative_prompt=negative, image=image, video=frames, prompt_schedule=schedule,
                                  options=run, lookahead=True, frames_dtype=frames_dtype)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import sample
 from helios_jax.compilation import default_cache, program_place, use_cache
 from helios_jax.errors import UserError
 from helios_jax.pipeline.pipeline import HeliosPipeline
@@ -102,6 +103,28 @@ def test_a_cache_serves_a_program_that_was_compiled_before(restored, tmp_path):
         jax.clear_caches()
         jax.jit(lambda x: jnp.tanh(x @ x) * 1.0625)(jnp.ones((3, 3))).block_until_ready()
     assert CACHE_HITS and list((tmp_path / "cache" / program_place()).iterdir())
+
+
+def test_compile_only_fills_the_cache_for_a_later_run_and_reads_no_weights(folder, restored, tmp_path, monkeypatch):
+    def entries() -> set[str]:
+        found = (path.name for path in (tmp_path / "cache" / program_place()).iterdir())
+        return {name for name in found if any(program in name for program in PROGRAMS)}
+
+    arguments = ["--prompt", PROMPT, "--model", str(folder), "--steps", "1", "--height", "64", "--width", "64",
+                 "--quiet", "--num_frames", "1", "--output", str(tmp_path / "v.mp4"), "--compile_cache", str(tmp_path / "cache")]
+    jax.clear_caches()
+    with monkeypatch.context() as patch:
+        patch.setattr("helios_jax.pipeline.pipeline.load_pipeline_params", lambda *_, **__: pytest.fail("read"))
+        with pytest.raises(SystemExit) as end:
+            sample.main([*arguments, "--compile_only"])
+        assert end.value.code == 0 and not (tmp_path / "v.mp4").exists()
+    filled = entries()
+    assert len([name for name in filled if name.endswith("-cache")]) >= 6  # three levels, decoder, text twice
+    jax.clear_caches()
+    with pytest.raises(SystemExit) as end:
+        sample.main(arguments)
+    assert end.value.code == 0 and (tmp_path / "v.mp4").exists()
+    assert {name for name in entries() if name.endswith("-cache")} <= filled
 
 
 def test_programs_of_another_device_are_left_alone_and_one_line_says_so(restored, tmp_path):

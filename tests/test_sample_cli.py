@@ -301,6 +301,8 @@ def refused(run, named, *arguments, keep: dict[str, bytes] | None = None):
     (["--prompt", "x", "--guidance", "-1"], "guidance_scale: must be"),
     (["--prompt", "x", "--dtype", "int8"], "--dtype: invalid choice"),
     (["--prompt", "x", "--format", "avi"], "--format"),
+    (["--prompt", "x", "--compile_only", "--compile_cache", "off"], "--compile_only: needs the cache"),
+    (["--prompt", "x", "--compile_only", "--stream_weights"], "stream_weights: programs are compiled when the weights"),
     (["--prompt", "x", "--prompts_file", "y"], "--prompt and --prompts_file"),
     (["--prompt", "x", "--image", "y", "--video", "z"], "--image and --video"),
     (["--prompt", "x", "--output", "a.gif", "--format", "mp4"], "--format: the name in --output says it"),

@@ -128,8 +128,8 @@ class HeliosPipeline:
     def from_pretrained(cls, model: str | Path, *, dtype: str | None = None, vae_dtype: str | None = None,
                         lora: Sequence[tuple[str | Path, float]] = (), merge_lora: bool = True,
                         unroll: int | None = None, mesh: MeshConfig | None = None, precision: str | None = None,
-                        stream_weights: bool = False, compile_for: Mapping[str, Any] | None = None
-                        ) -> HeliosPipeline:
+                        stream_weights: bool = False, compile_for: Mapping[str, Any] | None = None,
+                        read_weights: bool = True) -> HeliosPipeline:
         """Loads a checkpoint.
 
         Args:
@@ -145,6 +145,8 @@ class HeliosPipeline:
           stream_weights: keep the weights of transformer and text encoder in the host's memory and copy them to the
             device layer by layer, for devices that the model does not fit. Adapters then stay apart.
           compile_for: arguments of :meth:`compile`: its programs are compiled while the weights are read.
+          read_weights: False only compiles, to fill a cache of programs; the pipeline cannot sample. Not with
+            ``stream_weights``.
 
         Raises:
           UserError: the checkpoint or an adapter cannot be used, the mesh does not fit, or the model, or with
@@ -167,6 +169,9 @@ class HeliosPipeline:
                 partition.attention.check(2, folder.transformer.num_attention_heads)  # two: with guidance
         if partition is not None and stream_weights:
             raise UserError("stream_weights: goes with one device, not with a mesh")
+        if stream_weights and not read_weights:
+            raise UserError("stream_weights: programs are compiled when the weights are there; read_weights=False "
+                            "(--compile_only) goes without")
         placement = Placement(folder, dtypes, precision, partition, stream_weights)
         # The small files first: a mistake in them shows before gigabytes are read.
         loaded = [read_lora(path, folder.transformer, weight) for path, weight in lora]
@@ -185,9 +190,11 @@ class HeliosPipeline:
             with memory.explained(pipeline.budget, "reading the weights and compiling"):
                 # Abstract arrays of one device do not tell the compiler in which of its memories they lie.
                 compiling = [] if stream_weights else [pool.submit(_compiled, lower) for lower in lowerings]
-                _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=placement.shardings(),
-                                                 precision=precision)
-                if loaded and merge_lora:
+                params = pipeline.params
+                if read_weights:
+                    _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=placement.shardings(),
+                                                     precision=precision)
+                if loaded and merge_lora and read_weights:
                     params["transformer"] = merge(params["transformer"], loaded)
                 programs = [each.result() for each in compiling]
         finally:
