@@ -105,8 +105,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--format", choices=SUFFIXES, help="where --output does not say it (default mp4)")
     out.add_argument("--compile_cache", metavar="DIR", help="folder that keeps compiled programs for later runs, or "
                      "'off' (default: helios_jax/programs in the user's cache folder)")
-    out.add_argument("--compile_only", action="store_true", help="compile the programs of this run into the cache, read "
-                     "no weights, write no video")
+    out.add_argument("--compile_only", action="store_true", help="compile the programs of this run into the cache, "
+                     "read no weights, write no video")
     out.add_argument("--quiet", action="store_true", help="no progress on stderr")
     out.add_argument("--config", metavar="FILE", help="a JSON file whose keys are the long options without dashes; the "
                      "command line wins")

@@ -111,7 +111,8 @@ def test_compile_only_fills_the_cache_for_a_later_run_and_reads_no_weights(folde
         return {name for name in found if any(program in name for program in PROGRAMS)}
 
     arguments = ["--prompt", PROMPT, "--model", str(folder), "--steps", "1", "--height", "64", "--width", "64",
-                 "--quiet", "--num_frames", "1", "--output", str(tmp_path / "v.mp4"), "--compile_cache", str(tmp_path / "cache")]
+                 "--quiet", "--num_frames", "1", "--output", str(tmp_path / "v.mp4"), "--compile_cache",
+                 str(tmp_path / "cache")]
     jax.clear_caches()
     with monkeypatch.context() as patch:
         patch.setattr("helios_jax.pipeline.pipeline.load_pipeline_params", lambda *_, **__: pytest.fail("read"))

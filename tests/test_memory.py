@@ -124,11 +124,13 @@ def test_weights_that_do_not_fit_are_refused_with_what_would(machine):
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(machine):
-    machine(41.5)
+    machine(42.8)
     line = refusal(Budget(placement(), NATIVE, step=64))
     assert line.startswith("memory: 43.6 GB needed (weights 40.3 GB, the largest program 3.3 GB by estimate) of the "
-                           "device's 41.5 GB; would fit: precision fp8: 25.0 GB; ")
-    assert offers(line) == ["precision fp8", "stream_weights", "size 192x320"]
+                           "device's 42.8 GB; would fit: precision fp8: 25.0 GB; ")
+    assert offers(line) == ["precision fp8", "stream_weights", "size 320x512"]
+    machine(41.0)  # not even half the sides would fit
+    assert offers(refusal(Budget(placement(), NATIVE, step=64))) == ["precision fp8", "stream_weights"]
 
 
 @pytest.mark.parametrize(("device", "options", "budget", "expected"), [
@@ -244,6 +246,7 @@ def test_a_run_that_does_not_fit_is_refused_when_it_is_asked_for(model, limit, m
     pipe = HeliosPipeline.from_pretrained(model)
     with pytest.raises(UserError, match="^memory: .* by estimate"):
         pipe.stream("x", height=3072, width=3072, steps=1)
+    monkeypatch.setattr("helios_jax.pipeline.pipeline._compiled", lambda lower: None)
     monkeypatch.setattr(memory, "compiled_bytes", lambda programs: 10**10)
     with pytest.raises(UserError, match="^memory: .* by the compiler"):
         pipe.compile("x", **RUN)

@@ -300,9 +300,9 @@ class Budget:
                 yield f"mesh fsdp={count}", placed(partition=Partition.create(MeshConfig(fsdp=count)))
 
     def _smaller(self) -> Iterator[Budget]:
-        """Smaller videos of about the same form, the largest first."""
+        """Smaller videos of about the same form, the largest first, down to half the sides."""
         height, width = self.request.height, self.request.width
-        for rows in range(height // self.step - 1, 0, -1):
+        for rows in range(height // self.step - 1, (height // self.step - 1) // 2, -1):
             columns = max(1, round(width / height * rows))
             yield dataclasses.replace(self, request=self.request._replace(height=rows * self.step,
                                                                           width=columns * self.step))
