@@ -505,10 +505,11 @@ def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_are(models, 
     assert end.value.code == 2 and re.search("tokenizer", capfd.readouterr().err)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("script", ["sample.py", "train.py"])
-def test_a_reader_of_the_help_that_has_gone_costs_no_traceback(script):
-    process = subprocess.Popen([sys.executable, str(ROOT / script), "--help"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+def test_a_reader_of_the_help_that_has_gone_costs_no_traceback(script, unbuffered):
+    process = subprocess.Popen([sys.executable, str(ROOT / script), "--help"], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() in (0, 1)  # argparse swallows what print does not
 
