@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL.Image
 import pytest
 
+from helios_jax.pipeline import pipeline
 from helios_jax.tools.contact_sheet import GAP, contact_sheet, main, moving_sheet
 
 
@@ -35,3 +37,25 @@ def test_wrong_flags_are_one_clear_line(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--model", "assets/helios-tiny", "--prompt", "a red circle", *flags])
     assert end.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("name", ["sheet.png", "sheet.gif"])
+def test_videos_of_several_models_stand_below_each_other(name, tmp_path, monkeypatch):
+    asked = []
+
+    def from_pretrained(folder):
+        def sample(prompts, *, num_frames, steps, **_):
+            asked.append((folder, steps))
+            return np.full((len(prompts), num_frames, 16, 32, 3), len(asked) / 2, np.float32)
+        return sample
+
+    monkeypatch.setattr(pipeline.HeliosPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(SystemExit) as end:
+        main(["--model", "one", "--model", "two:1,1,1", "--prompt", "a", "--prompt", "b", "--num_frames", "33",
+              "--columns", "2", "--output", str(tmp_path / name)])
+    assert end.value.code == 0 and asked == [("one", None), ("two", (1, 1, 1))]
+    rows = 4 if name.endswith("png") else 2
+    with PIL.Image.open(tmp_path / name) as image:
+        assert image.size == (2 * 32 + GAP, rows * 16 + (rows - 1) * GAP)
+        lowest = image.convert("L").getpixel((5, image.size[1] - 5))
+        assert image.convert("L").getpixel((5, 5)) == 128 and lowest == 255

@@ -85,13 +85,13 @@ def test_decoding_is_estimated_at_what_compilers_planned_up_to_twice_that(platfo
 
 @pytest.mark.parametrize(("precision", "planned"), [("none", 39.5), ("fp8", 22.3)])
 def test_a_whole_run_is_estimated_within_a_twentieth_above_the_compilers_number(precision, planned):
-    need = memory.needed(placement(precision=precision), NATIVE)
+    need = memory.needed(placement(precision=precision), NATIVE, loaded=True)
     assert planned * GIB <= need.device <= 1.05 * planned * GIB and need.host == 0
 
 
 def test_more_videos_guidance_and_pixels_take_more_and_a_mesh_less_of_each_device():
     def device(request, **options):
-        return memory.needed(placement(**options), request).device
+        return memory.needed(placement(**options), request, loaded=True).device
 
     plain = device(NATIVE)
     assert plain < device(NATIVE._replace(videos=2)) < device(NATIVE._replace(videos=2, guided=True))
@@ -117,20 +117,25 @@ def test_what_fits_is_not_refused_and_neither_is_what_nobody_knows(machine):
 
 
 def test_weights_that_do_not_fit_are_refused_with_what_would(machine):
-    machine(24.0, 64.0)
+    machine(26.0, 64.0)
     assert refusal(Budget(placement())) == (
-        "memory: 40.3 GB needed (the weights alone) of the device's 24.0 GB; would fit: precision fp8: 21.8 GB; "
-        "stream_weights: 2.9 GB of the device, 47.4 GB of the host")
+        "memory: 46.0 GB needed (weights 40.3 GB, beside them 5.7 GB by estimate) of the device's 26.0 GB; would fit: "
+        "precision fp8: 24.6 GB; stream_weights: 2.9 GB of the device, 47.4 GB of the host")
+    # The largest stack of layers is there twice while it is taken apart, on a GPU.
+    machine(41.0)
+    refusal(Budget(placement()))
+    machine(41.0, platform="tpu", device_kind="TPU v5")
+    Budget(placement()).check()
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(machine):
     machine(42.8)
-    line = refusal(Budget(placement(), NATIVE, step=64))
-    assert line.startswith("memory: 43.6 GB needed (weights 40.3 GB, the largest program 3.3 GB by estimate) of the "
+    line = refusal(Budget(placement(), NATIVE, step=64, loaded=True))
+    assert line.startswith("memory: 43.6 GB needed (weights 40.3 GB, beside them 3.3 GB by estimate) of the "
                            "device's 42.8 GB; would fit: precision fp8: 25.0 GB; ")
     assert offers(line) == ["precision fp8", "stream_weights", "size 320x512"]
     machine(41.0)  # not even half the sides would fit
-    assert offers(refusal(Budget(placement(), NATIVE, step=64))) == ["precision fp8", "stream_weights"]
+    assert offers(refusal(Budget(placement(), NATIVE, step=64, loaded=True))) == ["precision fp8", "stream_weights"]
 
 
 @pytest.mark.parametrize(("device", "options", "budget", "expected"), [
@@ -143,7 +148,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(machine):
     ({"host": 40.0}, {}, {}, ["precision fp8"]),  # too little for the weights
 ])
 def test_only_what_the_device_and_the_options_allow_is_offered(machine, device, options, budget, expected):
-    limit = {jnp.float32: 60.0}.get(options.get("dtype"), 24.0)
+    limit = {jnp.float32: 60.0}.get(options.get("dtype"), 27.0)
     limit = 15.0 if "precision" in options else limit
     machine(limit, **device) if "count" not in device else machine(limit)
     assert offers(refusal(Budget(placement(**options), **budget))) == expected
@@ -187,16 +192,16 @@ def test_streamed_weights_must_fit_the_host_while_they_are_read(machine):
 def test_on_a_cpu_the_weights_must_fit_the_host(machine):
     machine(None, 64.0, platform="cpu", device_kind="cpu")
     line = refusal(Budget(placement(jnp.float32), NATIVE))
-    assert line.startswith("memory: 80.5 GB needed (the weights) of the host's 64.0 GB available; would fit: ")
+    assert line.startswith("memory: 91.8 GB needed (the weights) of the host's 64.0 GB available; would fit: ")
     assert offers(line) == ["dtype bfloat16", "precision int8"]
 
 
 def test_the_compilers_number_takes_the_estimates_place(machine):
     machine(42.0)
-    budget = Budget(placement(), NATIVE)
+    budget = Budget(placement(), NATIVE, loaded=True)
     assert "by estimate" in refusal(budget)
     budget.check(work=10**9)
-    assert "the largest program 30.4 GB by the compiler" in refusal(budget, 30 * 10**9)
+    assert "beside them 30.4 GB by the compiler" in refusal(budget, 30 * 10**9)
     program = jax.jit(lambda x: jnp.tanh(x)).lower(jax.ShapeDtypeStruct((1024,), jnp.float32)).compile()
     assert memory.compiled_bytes([program]) >= 4096 and memory.compiled_bytes([]) is None
 
@@ -233,10 +238,10 @@ RUN = dict(height=64, width=64, steps=1)
 def test_a_model_or_run_that_does_not_fit_is_refused_before_it_is_read(model, limit, unread):
     limit(1000)
     for streamed in (False, True):
-        with pytest.raises(UserError, match=r"^memory: [\d.]+ GB needed \(the weights alone\) of the device's 0\.0 GB"):
+        with pytest.raises(UserError, match=r"^memory: [\d.]+ GB needed \(weights .* of the device's 0\.0 GB; "):
             HeliosPipeline.from_pretrained(model, stream_weights=streamed)
     limit(10**9)
-    with pytest.raises(UserError, match=r"^memory: .* the largest program [\d.]+ GB by estimate\) of the device's 1\.0 "
+    with pytest.raises(UserError, match=r"^memory: .*, beside them [\d.]+ GB by estimate\) of the device's 1\.0 "
                                         r"GB; would fit: .*size \d+x\d+: \d"):
         HeliosPipeline.from_pretrained(model, compile_for=dict(height=3072, width=3072, steps=1))
 
@@ -264,7 +269,7 @@ def fail(error):
 
 def test_memory_that_runs_out_costs_one_line_wherever_it_does(model, monkeypatch):
     name = "helios_jax.pipeline.pipeline."
-    line = r"^memory: the device's memory ran out while {} \(weights 0\.0 GB, the largest program about 0\.\d GB\); "
+    line = r"^memory: the device's memory ran out while {} \(weights 0\.0 GB, beside them about 0\.\d GB\); "
     with monkeypatch.context() as patch:
         patch.setattr(name + "load_pipeline_params", fail(OUT))
         with pytest.raises(UserError, match=line.format("reading the weights and compiling")) as caught:

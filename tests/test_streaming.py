@@ -46,6 +46,20 @@ def test_a_streamed_video_is_the_one_of_weights_on_the_device(checkpoint, stream
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_layers_taken_apart_lie_where_their_stack_lay_which_is_given_up_on_request(in_place):
+    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "tensor"))
+    given = {"divided": jax.device_put(jnp.arange(24.0).reshape(4, 2, 3), divided), "bound_to_none": jnp.arange(4)}
+    want = jax.tree.map(np.array, given)
+    layers = split_layers(given, in_place)
+    assert len(layers) == 4 and all(leaf.is_deleted() == in_place for leaf in given.values())
+    for i, layer in enumerate(layers):
+        np.testing.assert_array_equal(layer["divided"], want["divided"][i])
+        assert layer["divided"].sharding.spec == jax.sharding.PartitionSpec(None, "tensor")
+        assert layer["bound_to_none"] == i and not layer["bound_to_none"].committed
+
+
 def test_small_weights_stay_on_the_device(checkpoint):
     blocks = HeliosPipeline.from_pretrained(checkpoint, stream_weights=True).params["transformer"]["blocks"]
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(blocks)} == {"device"}

@@ -88,16 +88,15 @@ def split_layers(stacked: PyTree, in_place: bool = False) -> tuple[PyTree, ...]:
     """The tree of every layer, from arrays [L, ...] or from their ``jax.ShapeDtypeStruct``.
 
     Args:
-      stacked: on one device or divided over a mesh, but not along the layers.
+      stacked: ``jax.Array`` on one device or divided over a mesh, but not along the layers; bound to no device, its
+        layers are not either.
       in_place: give up the memory of every stack once it is split: there may be no room for the whole tree twice.
     """
 
     def parts(leaf: Any) -> list[Any]:
-        place = _of_a_layer(getattr(leaf, "sharding", None))
+        place = _of_a_layer(leaf.sharding) if getattr(leaf, "committed", True) else None
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)] * leaf.shape[0]
-        if not isinstance(leaf, jax.Array):
-            return [jax.device_put(layer) for layer in leaf]
         found = [_layer_taker(place)(leaf, i) for i in range(leaf.shape[0])]
         if in_place:
             jax.block_until_ready(found)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
 from helios_jax.models.quantize import NATIVE_PRODUCTS
+from helios_jax.models.streaming import COPIES_FROM_STACKS
 from helios_jax.pipeline.placement import Placement
 from helios_jax.sharding import MeshConfig, Partition
 from helios_jax.text import MAX_TOKENS
@@ -54,7 +55,8 @@ class Need(NamedTuple):
 
     Attributes:
       weights: of the model on a device.
-      work: what the largest program takes there beside them.
+      work: what is there beside them at the most: what the largest program takes, or the largest stack of layers, which
+        some devices take apart once it is read.
       host: of the host's memory.
     """
 
@@ -90,7 +92,7 @@ def denoising_bytes(placement: Placement, request: Request) -> int:
     length = sum(tokens(request))
     streams = STREAMS * _numbers(partition, ("batch", "sequence", None), (samples, length, config.dim))
     hidden = HIDDEN * _numbers(partition, ("batch", "sequence", "hidden"), (samples, length, config.ffn_dim))
-    # A loop over stacks copies a layer out of them; a mesh gathers the next one meanwhile.
+    # A loop over stacks copies a layer out of them (slack, where they were taken apart); a mesh gathers the next one.
     copied = 0 if placement.streamed else placement.layer_bytes() * (1 if partition is None else 2)
     if placement.precision.endswith("_weights"):  # the widest kernel in the type of the computation
         copied += config.dim * config.ffn_dim * itemsize
@@ -122,15 +124,18 @@ def decoding_bytes(placement: Placement, request: Request, platform: str = "gpu"
     return arrays * frames(FRAMES_AT_ONCE, base) * itemsize + 2 * frames(window, config.out_channels) * 4
 
 
-def needed(placement: Placement, request: Request | None, platform: str = "gpu") -> Need:
-    """What a run takes of every device and of the host; without a request what the weights alone take."""
-    weights = placement.bytes()
-    on_host = int(LOADING * weights.host) if platform != "cpu" else weights.device + weights.host
+def needed(placement: Placement, request: Request | None, platform: str = "gpu", loaded: bool = False) -> Need:
+    """What a run takes of every device and of the host; without a request what the weights alone take. ``loaded``:
+    they are there."""
+    weights, work = placement.bytes(), 0
+    if not loaded and platform in COPIES_FROM_STACKS and not placement.streamed:
+        work = placement.largest_stack_bytes()
+    on_host = int(LOADING * weights.host) if platform != "cpu" else weights.device + weights.host + work
     if request is None:
-        return Need(weights.device, weights.visiting, on_host)
+        return Need(weights.device, max(work, weights.visiting), on_host)
     denoising = weights.visiting + denoising_bytes(placement, request)
-    work = text_bytes(placement, request) + max(denoising, decoding_bytes(placement, request, platform))
-    return Need(weights.device, work, on_host)
+    running = text_bytes(placement, request) + max(denoising, decoding_bytes(placement, request, platform))
+    return Need(weights.device, max(work, running), on_host)
 
 
 def compiled_bytes(programs: Iterable[jax.stages.Compiled]) -> int | None:
@@ -205,11 +210,8 @@ class Budget:
         if work is not None and self.request is not None:
             need, origin = need._replace(work=work + text_bytes(self.placement, self.request)), "by the compiler"
         if room is not None and need.device > room:
-            parts = f"weights {_gb(need.weights)}, the largest program {_gb(need.work)} {origin}"
-            if self.request is None:
-                parts = "the weights alone"
-            raise UserError(f"memory: {_gb(need.device)} needed ({parts}) of the device's {_gb(room)}"
-                            f"{self._remedies(room, host)}")
+            raise UserError(f"memory: {_gb(need.device)} needed (weights {_gb(need.weights)}, beside them "
+                            f"{_gb(need.work)} {origin}) of the device's {_gb(room)}{self._remedies(room, host)}")
         if host is not None and need.host > host and not self.loaded:
             why = "the weights" if self._platform == "cpu" else f"stream_weights, {LOADING} times the weights"
             raise UserError(f"memory: {_gb(need.host)} needed ({why}) of the host's {_gb(host)} available"
@@ -220,8 +222,8 @@ class Budget:
         need, room = self._need(), device_room(self._devices)
         there = "" if room is None else f" of {_gb(room)}"
         less = need.device - 1 if room is None else min(need.device - 1, room)
-        return (f"memory: the device's memory ran out while {doing} (weights {_gb(need.weights)}, the largest program "
-                f"about {_gb(need.work)}{there}){self._remedies(less, host_room())}")
+        return (f"memory: the device's memory ran out while {doing} (weights {_gb(need.weights)}, beside them about "
+                f"{_gb(need.work)}{there}){self._remedies(less, host_room())}")
 
     @property
     def _devices(self) -> list[Any]:
@@ -233,7 +235,7 @@ class Budget:
         return self._devices[0].platform
 
     def _need(self) -> Need:
-        return needed(self.placement, self.request, self._platform)
+        return needed(self.placement, self.request, self._platform, self.loaded)
 
     def _remedies(self, room: int | None, host: int | None) -> str:
         """The end of the line: the changes of which each alone would fit, else the fewest together that would."""

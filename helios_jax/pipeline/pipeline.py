@@ -28,7 +28,7 @@ from helios_jax.diffusion.noise import NoiseSource, SeededNoise
 from helios_jax.errors import NOT_FINITE, UserError
 from helios_jax.lora import MERGE_REFUSED, adapter_tree, merge, read_lora
 from helios_jax.models.quantize import check_precision
-from helios_jax.models.streaming import split_layers
+from helios_jax.models.streaming import COPIES_FROM_STACKS, split_layers
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import (
@@ -82,7 +82,8 @@ class HeliosPipeline:
       params: parameters of "transformer", "vae" and "text_encoder".
       dtype: compute dtype of transformer and text encoder; the VAE runs in ``vae_dtype``.
       lora: adapter tree for the transformer, or None.
-      unroll: layers per iteration of the transformer's scan, 0 for all; default: all on a CPU, 1 elsewhere.
+      unroll: layers per iteration of the transformer's scan, 0 for all; default: all on a CPU, and on a GPU unless
+        streamed; else 1.
       tokenizer: default: that of the folder, read at the first prompt.
       partition: the mesh on which the parameters lie (see :mod:`helios_jax.pipeline.placement`) and videos are made;
         None for one device. Of several processes all must ask for the same videos; each gets them whole.
@@ -95,14 +96,14 @@ class HeliosPipeline:
                  tokenizer: text_path.TokenEncoder | None = None, partition: Partition | None = None,
                  streamed: bool = False):
         self.folder, self.index, self.scheduler = folder, folder.index, folder.scheduler
-        on_cpu = jax.default_backend() == "cpu"
-        unroll = (0 if on_cpu else 1) if unroll is None else unroll
+        platform = jax.default_backend()
+        on_cpu, copies = platform == "cpu", platform in COPIES_FROM_STACKS and not streamed
+        unroll = (0 if on_cpu or copies else 1) if unroll is None else unroll
         self.transformer = HeliosTransformer(folder.transformer, dtype, unroll, for_sampling=True, streamed=streamed)
         self.vae = WanVAE(folder.vae, vae_dtype, "taps" if on_cpu else "3d")
         self.text_encoder = UMT5Encoder(folder.text_encoder, dtype, streamed=streamed)
         self._partition = partition
-        # A CPU copies a layer's weights out of their stack before it multiplies by them.
-        self._layers_apart = on_cpu and unroll == 0 and partition is None and not streamed
+        self._layers_apart = copies and unroll == 0
         self.variables = {}
         self._bind(params)
         if lora:
@@ -117,11 +118,12 @@ class HeliosPipeline:
         self._decode_uint8 = sharding.jit(partition, functools.partial(decode_chunk_uint8, self.vae))
         self._samplers: dict[Any, ChunkSampler] = {}
 
-    def _bind(self, params: Mapping[str, Params]) -> None:
+    def _bind(self, params: Mapping[str, Params], in_place: bool = False) -> None:
+        """in_place: nobody else has these parameters, so stacks are given up when their layers are taken apart."""
         self.params = dict(params)
         transformer = params["transformer"]
         if self._layers_apart and not isinstance(transformer["blocks"], tuple):
-            self.params["transformer"] = {**transformer, "blocks": split_layers(transformer["blocks"])}
+            self.params["transformer"] = {**transformer, "blocks": split_layers(transformer["blocks"], in_place)}
         self.variables["params"] = self.params["transformer"]
 
     @classmethod
@@ -195,11 +197,11 @@ class HeliosPipeline:
                     _, params = load_pipeline_params(folder.root, dtype=dtypes, sharding=placement.shardings(),
                                                      precision=precision)
                 if loaded and merge_lora and read_weights:
-                    params["transformer"] = merge(params["transformer"], loaded)
+                    params["transformer"] = merge(params["transformer"], loaded, in_place=True)
                 programs = [each.result() for each in compiling]
+                pipeline._bind(params, in_place=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        pipeline._bind(params)
         pipeline.budget = dataclasses.replace(pipeline.budget, loaded=True)
         if compile_for is not None and stream_weights:
             pipeline.compile(**compile_for)

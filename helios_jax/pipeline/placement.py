@@ -93,6 +93,13 @@ class Placement:
         blocks = self._shapes("transformer")["blocks"]
         return sum(_bytes(leaf.shape[1:], leaf.dtype) for _, leaf in flatten(blocks)) // divided
 
+    def largest_stack_bytes(self) -> int:
+        """Of the largest stack of blocks, on one device: it is there twice while it is taken apart."""
+        shapes = self._shapes("transformer")
+        places = {} if self.partition is None else dict(flatten(self._shardings("transformer", shapes)["blocks"]))
+        return max(_bytes(places[path].shard_shape(leaf.shape) if places else leaf.shape, leaf.dtype)
+                   for path, leaf in flatten(shapes["blocks"]))
+
     def _shapes(self, component: str) -> PyTree:
         return abstract_params(component, self.folder.config(component), self.dtypes[component],
                                self.precision if component in STACKS else "none")

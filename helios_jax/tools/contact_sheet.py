@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     for model in arguments.model:
         folder, _, steps = model.partition(":")
         pipeline = HeliosPipeline.from_pretrained(folder)
-        videos += pipeline(arguments.prompt, num_frames=arguments.num_frames, seed=arguments.seed,
-                           steps=tuple(int(n) for n in steps.split(",")) if steps else None)
+        videos.extend(pipeline(arguments.prompt, num_frames=arguments.num_frames, seed=arguments.seed,
+                               steps=tuple(int(n) for n in steps.split(",")) if steps else None))
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".png":
         contact_sheet(videos, arguments.columns, arguments.scale).save(output)

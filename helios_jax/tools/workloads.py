@@ -16,7 +16,7 @@ from helios_jax.config import TextEncoderConfig, VAEConfig
 from helios_jax.convert.rules import abstract_params
 from helios_jax.diffusion import guidance
 from helios_jax.models.quantize import as_qarrays
-from helios_jax.models.streaming import streamed_places
+from helios_jax.models.streaming import COPIES_FROM_STACKS, split_layers, streamed_places
 from helios_jax.models.transformer import HeliosTransformer, TextContext
 from helios_jax.models.vae import WanVAE
 from helios_jax.pipeline.pipeline import decode_chunk
@@ -162,6 +162,8 @@ def sampling_workloads(run: RunConfig, devices: Sequence[Any], size: tuple[int, 
         return as_qarrays(params), bytes_per_chip(params) - host, host
 
     params, on_chip, in_host = parameters("transformer", config)
+    if partition.mesh.devices.flat[0].platform in COPIES_FROM_STACKS and not streamed:  # as the pipeline does
+        params = {**params, "blocks": split_layers(params["blocks"])}
     text_encoder = TextEncoderConfig()
     encoding = parameters("text_encoder", text_encoder)[1] if text_encoder.d_model == config.text_dim else 0.0
     frames = array((videos, plan.layout.chunk, *sampler.size, sampler.channels))

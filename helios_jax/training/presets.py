@@ -1,6 +1,6 @@
 """What the configurations of the original's runs have in common: the sizes of the model and one run's settings.
 
-The files ``configs/stage1_init.py`` to ``stage2_post.py`` add what differs from run to run. They take the size as the
+The files ``configs/stage1_init.py`` to ``stage3_dmd.py`` add what differs from run to run. They take the size as the
 argument of the configuration file: ``--config configs/stage1_init.py:1.3b``.
 """
 
@@ -38,7 +38,7 @@ def _completed(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def original_run(size: str, own: dict[str, Any]) -> ConfigDict:
-    """A run with the settings that all four of the original's runs share, completed by its own.
+    """A run with the settings that all of the original's runs share, completed by its own.
 
     Args:
       size: of :data:`SIZES`.
