@@ -240,8 +240,8 @@ def test_a_model_or_run_that_does_not_fit_is_refused_before_it_is_read(model, li
     for streamed in (False, True):
         with pytest.raises(UserError, match=r"^memory: [\d.]+ GB needed \(weights .* of the device's 0\.0 GB; "):
             HeliosPipeline.from_pretrained(model, stream_weights=streamed)
-    limit(10**9)
-    with pytest.raises(UserError, match=r"^memory: .*, beside them [\d.]+ GB by estimate\) of the device's 1\.0 "
+    limit(10**10)
+    with pytest.raises(UserError, match=r"^memory: .*, beside them [\d.]+ GB by estimate\) of the device's 10\.0 "
                                         r"GB; would fit: .*size \d+x\d+: \d"):
         HeliosPipeline.from_pretrained(model, compile_for=dict(height=3072, width=3072, steps=1))
 
