@@ -299,7 +299,6 @@ def main(argv: list[str] | None = None) -> int:
     from helios_jax import video as video_io
     from helios_jax.convert.folder import read_model_folder, resolve_model
     from helios_jax.models.quantize import check_precision
-    from helios_jax.pipeline import memory
     from helios_jax.pipeline.pipeline import HeliosPipeline
     from helios_jax.pipeline.prompts import checked_schedule, parse_schedule
     from helios_jax.pipeline.request import CHUNK_FRAMES, DEFAULT_FPS, SamplingOptions
@@ -365,12 +364,11 @@ def main(argv: list[str] | None = None) -> int:
     for prompt, path in zip(prompts, paths, strict=True):
         stream = pipeline.stream(prompt, negative_prompt=negative, image=image, video=frames, prompt_schedule=schedule,
                                  options=run, lookahead=True, frames_dtype=frames_dtype)
-        with memory.explained(pipeline.budget, "sampling"):
-            if not is_first:  # of several processes the first one writes
-                collections.deque(stream, maxlen=0)
-                continue
-            progress = Progress(path.name, stream, given.get("quiet", False))
-            sample_one(stream, video_io.VideoWriter(path, fps), progress)
+        if not is_first:  # of several processes the first one writes
+            collections.deque(stream, maxlen=0)
+            continue
+        progress = Progress(path.name, stream, given.get("quiet", False))
+        sample_one(stream, video_io.VideoWriter(path, fps), progress)
     return 0
 
 

@@ -281,8 +281,13 @@ def test_memory_that_runs_out_costs_one_line_wherever_it_does(model, monkeypatch
         with pytest.raises(UserError, match=line.format("compiling")):
             pipe.compile("x", **RUN)
     monkeypatch.setattr(VideoStream, "_begin", fail(OUT))
-    with pytest.raises(UserError, match=line.format("sampling")):
-        pipe("x", **RUN)
+    for lookahead in (False, True):
+        with pytest.raises(UserError, match=line.format("sampling")):
+            next(pipe.stream("x", lookahead=lookahead, **RUN))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "embed", fail(OUT))
+        with pytest.raises(UserError, match=line.format("encoding text, image or video")):
+            pipe.stream("x", **RUN)
     monkeypatch.setattr(VideoStream, "_begin", fail(jax.errors.JaxRuntimeError("INTERNAL: a defect")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="a defect"):
         pipe("x", **RUN)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -323,6 +324,17 @@ def explained(budget: Budget | None, doing: str) -> Iterator[None]:
         if budget is None or not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
             raise
         raise UserError(budget.exhausted(doing)) from error
+
+
+def explains(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a run in progress within :func:`explained`, by its pipeline's budget."""
+
+    @functools.wraps(method)
+    def within(self: Any, *args: Any) -> Any:
+        with explained(self._pipeline.budget, "sampling"):
+            return method(self, *args)
+
+    return within
 
 
 def _gb(size: int) -> str:

@@ -298,8 +298,7 @@ class HeliosPipeline:
 
     def __call__(self, prompt: str | Sequence[str], **request: Any) -> np.ndarray:
         """The whole video, float32 [B, F, H, W, 3] in [0, 1]. Arguments as :meth:`stream`."""
-        with memory.explained(self.budget, "sampling"):
-            return np.concatenate([chunk.frames for chunk in self.stream(prompt, **request)], axis=1)
+        return np.concatenate([chunk.frames for chunk in self.stream(prompt, **request)], axis=1)
 
     def stream(
         self,
@@ -358,8 +357,9 @@ class HeliosPipeline:
             changes = checked_schedule(prompt_schedule, -(-options.num_frames // encoder.window))
             if len(prompts) > 1:
                 raise UserError(f"prompt_schedule: goes with one prompt, got {len(prompts)}")
-        return VideoStream(self, prompts, negatives, changes, plan, encoder, pixels, video is not None,
-                           noise or SeededNoise(options.seed), options, lookahead, frames_dtype)
+        with memory.explained(self.budget, "encoding text, image or video"):
+            return VideoStream(self, prompts, negatives, changes, plan, encoder, pixels, video is not None,
+                               noise or SeededNoise(options.seed), options, lookahead, frames_dtype)
 
     def _checked_prompts(self, name: str, prompts: Any, batch: int | None = None
                          ) -> tuple[str, ...] | text_path.PromptEmbedding:
@@ -553,6 +553,8 @@ class VideoStream(Iterator[Chunk]):
                 contexts.append(self._pipeline.context(text_path.concatenate([with_rows(e, rows) for e in parts])))
             self._contexts = (prompts, contexts)
         return self._contexts[1]
+
+    __next__ = memory.explains(__next__)
 
 
 def _compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
