@@ -71,7 +71,7 @@ def offers(line: str) -> list[str]:
 # --- The estimate ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "planned"), [("none", 1.12), ("fp8", 1.12)])
+@pytest.mark.parametrize(("precision", "planned"), [("none", 1.20), ("fp8", 1.20)])
 def test_denoising_is_estimated_at_what_the_compiler_planned_for_an_h100_up_to_twice_that(precision, planned):
     assert planned * GIB <= memory.denoising_bytes(placement(precision=precision), NATIVE) <= 2 * planned * GIB
 
@@ -83,7 +83,7 @@ def test_decoding_is_estimated_at_what_compilers_planned_up_to_twice_that(platfo
     assert planned * GIB <= memory.decoding_bytes(placement(dtype), NATIVE, platform) <= 2 * planned * GIB
 
 
-@pytest.mark.parametrize(("precision", "planned"), [("none", 39.5), ("fp8", 22.3)])
+@pytest.mark.parametrize(("precision", "planned"), [("none", 39.6), ("fp8", 22.3)])
 def test_a_whole_run_is_estimated_within_a_twentieth_above_the_compilers_number(precision, planned):
     need = memory.needed(placement(precision=precision), NATIVE, loaded=True)
     assert planned * GIB <= need.device <= 1.05 * planned * GIB and need.host == 0
