@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py                            # the Distilled model in the box, with its own steps
     python benchmarks/precision.py --modes fp8 int8 --steps 1,1,1
-    python benchmarks/precision.py --score assets/prompts/held_out_200.json --steps 1,1,1     # half an hour on a CPU
+    python benchmarks/precision.py --score assets/prompts/held_out_200.json --steps 1,1,1     # hours on a CPU
 
 Same prompt, seed and steps for all. One row per mode: PSNR of the frames (peak 1) and of the latents (peak: their
 range) against float32 and against bfloat16, and the bytes of the transformer's weights. The rows 'none' are not
