@@ -2,6 +2,7 @@
 
     python mesh_sampling_worker.py FOLDER VARIANT   writes FOLDER/<variant>.json: largest differences by mesh
     python mesh_sampling_worker.py FOLDER vae       the same of the VAE in the box alone
+    python mesh_sampling_worker.py FOLDER paths     latents of the models in the box; see test_fast_paths.py
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from helios_jax.errors import UserError  # noqa: E402
 from helios_jax.models.vae import WanVAE  # noqa: E402
 from helios_jax.pipeline.pipeline import HeliosPipeline  # noqa: E402
 from helios_jax.sharding import MeshConfig, Partition  # noqa: E402
-from tests import tiny_checkpoint  # noqa: E402
+from tests import fast_paths, tiny_checkpoint  # noqa: E402
 
 MESHES = {
     "base": (MeshConfig(context=2, tensor=2), MeshConfig(data=2, fsdp=2, tensor=2)),
@@ -61,9 +62,17 @@ def vae_in_stripes(root: Path) -> None:
     (root / "vae.json").write_text(json.dumps(found))
 
 
+def paths(root: Path) -> None:
+    found = {}
+    for run, mesh, dtype in fast_paths.SHARDED:
+        pipeline = fast_paths.load(fast_paths.RUNS[run], dtype, mesh=fast_paths.MESHES[mesh], unroll=1)
+        found[f"{run} {mesh} {dtype}"] = fast_paths.latents_of(pipeline, fast_paths.RUNS[run]).tolist()
+    (root / "paths.json").write_text(json.dumps(found))
+
+
 def main(root: Path, variant: str) -> None:
-    if variant == "vae":
-        return vae_in_stripes(root)
+    if variant in ("vae", "paths"):
+        return (vae_in_stripes if variant == "vae" else paths)(root)
     # Four heads, so that they divide over context and tensor.
     tiny_checkpoint.CONFIGS["transformer"] = dataclasses.replace(tiny_checkpoint.CONFIGS["transformer"],
                                                                  num_attention_heads=4)

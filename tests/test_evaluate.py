@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helios_jax.pipeline.pipeline import DTYPES, HeliosPipeline
 from helios_jax.tools import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,18 @@ def test_several_processes_judge_as_one_does(tmp_path, capsys):
     assert one == two and one["videos"] == 2 and one["variant"] == "base"
     assert [item["prompt"] for item in one["each"]] == [e["prompt"] for e in json.loads(PROMPTS.read_text())[:2]]
     assert "of 2, 95 % interval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
+def test_a_model_is_judged_in_the_dtype_that_is_asked_for(folders, tmp_path, monkeypatch, flags, dtype):
+    load, loaded = HeliosPipeline.from_pretrained, []
+    monkeypatch.setattr(HeliosPipeline, "from_pretrained", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(["--model", str(folders["distilled"]), "--prompts", str(PROMPTS), "--limit", "1", "--steps", "1",
+                       "--batch", "1", "--num_frames", "33", "--json", str(tmp_path / "report.json"), *flags])
+    assert exit_.value.code == 0
+    assert json.loads((tmp_path / "report.json").read_text())["dtype"] == dtype
+    assert [pipeline.transformer.dtype for pipeline in loaded] == [DTYPES[dtype]]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -73,13 +73,15 @@ class Settings(NamedTuple):
     seed_offset: int
     precision: str | None = None
     keep_first_frame: bool = True
+    dtype: str = "float32"
 
 
 def judge(settings: Settings, entries: Sequence[dict[str, Any]]) -> tuple[str, list[Judged]]:
     """Samples and reads the videos of some entries of a prompt file; returns the model's variant with the readings."""
     from helios_jax.pipeline.pipeline import HeliosPipeline
 
-    pipeline = HeliosPipeline.from_pretrained(settings.model, dtype="float32", precision=settings.precision)
+    pipeline = HeliosPipeline.from_pretrained(settings.model, dtype=settings.dtype, vae_dtype="float32",
+                                              precision=settings.precision)
     judged: list[Judged] = []
     start = time.monotonic()
     for first in range(0, len(entries), settings.batch):
@@ -126,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--seed_offset", type=int, default=0, metavar="N", help="added to every seed")
     p.add_argument("--precision", metavar="MODE", help="of the linear layers (docs/low_precision.md); default: the "
                    "model's")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of transformer and text "
+                   "encoder (default: float32)")
     p.add_argument("--json", metavar="FILE", help="where to write the numbers, with what was read of every video")
     arguments = p.parse_args(argv)
     for name in ("batch", "processes"):
@@ -137,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
     steps = tuple(int(n) for n in arguments.steps.split(",")) if arguments.steps else None
     settings = Settings(arguments.model, arguments.batch, steps, arguments.guidance, arguments.num_frames,
-                        arguments.seed_offset, arguments.precision, not arguments.no_first_frame)
+                        arguments.seed_offset, arguments.precision, not arguments.no_first_frame, arguments.dtype)
     start = time.monotonic()
     variant, judged = judge_in_processes(settings, entries, arguments.processes)
     expected = [Attributes(**entry["attributes"]) for entry in entries]
@@ -148,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         "plain_numbers": {k: float(np.median([j.numbers[k] for j in judged if k in j.numbers]))
                           for k in judged[0].numbers},
         "seconds": time.monotonic() - start, "steps": steps, "guidance": arguments.guidance,
-        "precision": arguments.precision, "keep_first_frame": settings.keep_first_frame,
+        "precision": arguments.precision, "dtype": arguments.dtype, "keep_first_frame": settings.keep_first_frame,
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}",
     }
     print(f"right in every attribute: {score.all_fields:.1%} of {score.total}, 95 % interval "
