@@ -26,6 +26,7 @@ from tests.fast_paths import (
 )
 from tests.test_sampling_mesh import found_by_the_worker
 
+pytestmark = pytest.mark.slow  # three minutes of processor time
 # float32: largest error, of the latents' range. bfloat16: root mean square error against plain float32, in units of
 # what the plain path errs in bfloat16.
 FLOAT32_ERROR, BFLOAT16_ERRORS = 1e-5, 1.1
