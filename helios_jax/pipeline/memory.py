@@ -316,12 +316,12 @@ def explained(budget: Budget | None, doing: str) -> Iterator[None]:
     """Turns the runtime's error about exhausted memory into one line.
 
     Raises:
-      UserError: the memory of a device, or the host's, ran out inside.
+      UserError: the memory of a device ran out inside.
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if budget is None or not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+    except jax.errors.JaxRuntimeError as error:
+        if budget is None or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(budget.exhausted(doing)) from error
 
