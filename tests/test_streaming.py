@@ -52,12 +52,13 @@ def test_layers_taken_apart_lie_where_their_stack_lay_which_is_given_up_on_reque
     divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "tensor"))
     given = {"divided": jax.device_put(jnp.arange(24.0).reshape(4, 2, 3), divided), "bound_to_none": jnp.arange(4)}
     want = jax.tree.map(np.array, given)
-    layers = split_layers(given, in_place)
+    layers = split_layers(given | {"on_host": np.arange(4)}, in_place)
     assert len(layers) == 4 and all(leaf.is_deleted() == in_place for leaf in given.values())
     for i, layer in enumerate(layers):
         np.testing.assert_array_equal(layer["divided"], want["divided"][i])
         assert layer["divided"].sharding.spec == jax.sharding.PartitionSpec(None, "tensor")
-        assert layer["bound_to_none"] == i and not layer["bound_to_none"].committed
+        assert layer["bound_to_none"] == layer["on_host"] == i
+        assert not layer["bound_to_none"].committed and not layer["on_host"].committed
 
 
 def test_small_weights_stay_on_the_device(checkpoint):

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 Body = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -88,12 +89,14 @@ def split_layers(stacked: PyTree, in_place: bool = False) -> tuple[PyTree, ...]:
     """The tree of every layer, from arrays [L, ...] or from their ``jax.ShapeDtypeStruct``.
 
     Args:
-      stacked: ``jax.Array`` on one device or divided over a mesh, but not along the layers; bound to no device, its
-        layers are not either.
+      stacked: arrays of NumPy, or of JAX on one device or divided over a mesh, but not along the layers; bound to no
+        device, their layers are not either.
       in_place: give up the memory of every stack once it is split: there may be no room for the whole tree twice.
     """
 
     def parts(leaf: Any) -> list[Any]:
+        if isinstance(leaf, np.ndarray):
+            return [jnp.asarray(layer) for layer in leaf]
         place = _of_a_layer(leaf.sharding) if getattr(leaf, "committed", True) else None
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)] * leaf.shape[0]
