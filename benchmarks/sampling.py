@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         prepared = run_process({**settings, "scratch": scratch}, None, None)
         if "error" in prepared:
             raise SystemExit(f"{prepared['log']}error: {prepared['error']}")
-        settings["model"] = prepared["model"]
+        settings |= {"model": prepared["model"], "device": prepared["machine"]["device"]}
         report: dict[str, Any] = {"machine": prepared["machine"], "arguments": vars(arguments), "rows": []}
         for row in plan(arguments, prepared, has_peer):
             left = None if end is None else max(0.0, end - time.monotonic())

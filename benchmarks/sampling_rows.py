@@ -313,9 +313,12 @@ def measure_theirs(row: dict[str, Any], settings: dict[str, Any]) -> dict[str, A
     import torch
 
     from benchmarks.machine import host_peak_bytes
+    from helios_jax.errors import UserError
 
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and settings["device"] != "cpu":
+        raise UserError(f"diffusers: PyTorch sees no {settings['device']}, and a processor would be no comparison")
     pipe = their_pipeline(settings, device, row["dtype"])
     if row["side"] == "diffusers, compiled":
         pipe.transformer = torch.compile(pipe.transformer)

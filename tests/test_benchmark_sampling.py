@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import long_video, sampling, sampling_rows, startup
 from helios_jax.convert.rules import COMPONENTS
+from helios_jax.errors import UserError
 from helios_jax.pipeline.pipeline import HeliosPipeline
 from helios_jax.pipeline.placement import Placement
 from helios_jax.tools.roofline import floor_seconds
@@ -170,6 +171,12 @@ def test_diffusers_makes_the_same_video_in_the_same_run():
         rows = sampling.main([*model, "--peer", "eager"])["rows"]
         assert [row["side"] for row in rows] == ["helios_jax"] * 2 + ["diffusers, eager"] * 2
         assert not any("error" in row for row in rows) and rows[-1]["versions"]["torch"]
+
+
+def test_diffusers_on_a_processor_is_no_comparison_with_an_accelerator():
+    pytest.importorskip("diffusers")
+    with pytest.raises(UserError, match="PyTorch sees no TPU v5 lite"):
+        sampling_rows.measure_theirs({**ROW, "side": "diffusers, eager"}, {**SETTINGS, "device": "TPU v5 lite"})
 
 
 @pytest.mark.parametrize("precision", ["none", "int8"])
