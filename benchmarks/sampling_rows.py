@@ -106,6 +106,7 @@ def random_params(placement: Any) -> dict[str, Any]:
     """Seeded normals in the form and place that loading gives, made on the device leaf by leaf and scaled by the number
     of inputs; norms at one, biases at zero."""
     import jax
+    import numpy as np
 
     from helios_jax.models.quantize import format_of, is_quantised
 
@@ -114,7 +115,7 @@ def random_params(placement: Any) -> dict[str, Any]:
     def leaf(component: str, path: tuple[str, ...], like: Any, key: Any) -> Any:
         form = format_of(component, path, placement.precision)
         if path[-1] in constants and path[0] != "shared":  # that is the table of tokens
-            return jax.numpy.full(like.shape, constants[path[-1]], like.dtype)
+            return np.full(like.shape, constants[path[-1]], like.dtype)
         if form is None:
             shape, dtype = like.shape, like.dtype
         else:
