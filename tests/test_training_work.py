@@ -14,7 +14,7 @@ from helios_jax.config import TransformerConfig
 from helios_jax.convert.rules import abstract_params
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.models.transformer import HeliosTransformer
-from helios_jax.tools.roofline import CHIPS, count_flops, peak_flops
+from helios_jax.tools.roofline import CHIPS, count_flops, floor_seconds, flops_by_type, peak_flops
 from helios_jax.training import flow, stage1, stage2
 from helios_jax.training.progress import Progress
 from helios_jax.training.weights import LoraConfig, LoraTraining, trained_weights
@@ -114,6 +114,24 @@ def test_peaks_are_those_of_the_chips():
     assert peak_flops("TPU v5 lite") == CHIPS["v5e"].flops and peak_flops("TPU v6 lite") == CHIPS["v6e"].flops
     assert peak_flops("TPU v5") == peak_flops("TPU v5p") == CHIPS["v5p"].flops
     assert peak_flops("NVIDIA H200") == CHIPS["h100"].flops and peak_flops("cpu") is None
+    assert peak_flops("NVIDIA H200", "float8_e4m3fn") == peak_flops("NVIDIA H200", "int8") == 1978.9e12
+    assert peak_flops("TPU v4", "int8") == peak_flops("TPU v5p", "float32") * 275 / 459  # no faster units: bfloat16's
+
+
+def test_products_are_counted_by_type_and_each_takes_its_time_at_its_own_peak():
+    def products(x, kernel, few, image, window):
+        few_bits = jax.lax.dot_general(few, few, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        looped = jax.lax.scan(lambda x, _: (x @ kernel, None), x, length=3)[0]
+        return few_bits, looped, x.astype(jnp.float32) @ kernel, jax.lax.conv(image, window, (1, 1), "SAME")
+
+    flops = flops_by_type(jax.make_jaxpr(products)(
+        jnp.ones((2, 4), jnp.bfloat16), jnp.ones((4, 4), jnp.bfloat16), jnp.ones((5, 4), jnp.int8),
+        jnp.ones((1, 3, 6, 6)), jnp.ones((8, 3, 2, 2))))
+    assert flops == {"int8": 2 * 5 * 5 * 4, "bfloat16": 3 * 2 * 2 * 4 * 4,
+                     "float32": 2 * 2 * 4 * 4 + 2 * 36 * 8 * 3 * 2 * 2}
+    wide = flops["bfloat16"] + flops["float32"]
+    assert floor_seconds(flops, "TPU v6e", 2) == pytest.approx((200 / 1836e12 + wide / 918e12) / 2)
+    assert floor_seconds(flops, "cpu") is None
 
 
 def test_levels_count_for_themselves():

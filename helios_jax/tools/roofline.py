@@ -1,7 +1,8 @@
 """Counting: the floating-point operations of a traced function, the collectives of a compiled one, and what chips do.
 
-Chip numbers are the vendor's published peaks; bandwidths between TPUs are those of one torus axis in both directions
-(Google's documentation of Cloud TPU and "How to Scale Your Model", chapter 2), between GPUs NVLink's in one direction.
+Chip numbers are the vendor's published peaks of dense products; bandwidths between TPUs are those of one torus axis in
+both directions (Google's documentation of Cloud TPU and "How to Scale Your Model", chapter 2), between GPUs NVLink's in
+one direction.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Chip:
       memory_bandwidth: bytes per second.
       link_bandwidth: bytes per second that a TPU sends along one axis of the torus, both directions together, or a GPU
         over NVLink.
+      few_bits: peaks of products of two operands of a narrower type, by its name, where it has units for them.
     """
 
     name: str
@@ -32,26 +34,43 @@ class Chip:
     memory: float
     memory_bandwidth: float
     link_bandwidth: float
+    few_bits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (
     Chip("v4", 275e12, 30.75 * 2**30, 1.23e12, 9e10),
-    Chip("v5e", 197e12, 15.75 * 2**30, 0.82e12, 9e10),
-    Chip("v5p", 459e12, 95.74 * 2**30, 2.77e12, 1.8e11),
-    Chip("v6e", 918e12, 31.25 * 2**30, 1.64e12, 1.8e11),
-    Chip("h100", 989.4e12, 79.14 * 2**30, 3.35e12, 4.5e11),
+    Chip("v5e", 197e12, 15.75 * 2**30, 0.82e12, 9e10, {"int8": 393e12}),
+    Chip("v5p", 459e12, 95.74 * 2**30, 2.77e12, 1.8e11, {"int8": 918e12}),
+    Chip("v6e", 918e12, 31.25 * 2**30, 1.64e12, 1.8e11, {"int8": 1836e12}),
+    Chip("h100", 989.4e12, 79.14 * 2**30, 3.35e12, 4.5e11,
+         {"int8": 1978.9e12, "float8_e4m3fn": 1978.9e12}),
 )}
 
 
-# ``device_kind`` of JAX -> chip; the peak of the H200 is that of the H100, NVIDIA's for dense products.
+# ``device_kind`` of JAX -> chip; the peaks of the H200 are those of the H100 (SXM).
 _CHIP_OF = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
             "TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h100"}
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """Peak of bfloat16 products per second of a JAX device, or None where it is not known."""
+def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
+    """Peak of a JAX device's products per second, or None where it is not known.
+
+    Args:
+      dtype: of both operands; a type without faster units of its own counts as bfloat16.
+    """
     name = _CHIP_OF.get(device_kind)
-    return None if name is None else CHIPS[name].flops
+    return None if name is None else CHIPS[name].few_bits.get(dtype, CHIPS[name].flops)
+
+
+def floor_seconds(flops: Mapping[str, float], device_kind: str, devices: int = 1) -> float | None:
+    """The least time for products of several types, each at its own peak; None where the device's is not known.
+
+    Args:
+      flops: of :func:`flops_by_type`, over all devices.
+    """
+    if peak_flops(device_kind) is None:
+        return None
+    return sum(count / peak_flops(device_kind, dtype) for dtype, count in flops.items()) / devices
 
 
 class Modelled(NamedTuple):
@@ -87,26 +106,41 @@ def count_flops(jaxpr: Any) -> float:
     Args:
       jaxpr: of ``jax.make_jaxpr``.
     """
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    return sum(_equation_flops(equation) for equation in inner.eqns)
+    return sum(flops_by_type(jaxpr).values())
 
 
-def _equation_flops(equation: Any) -> float:
+def flops_by_type(jaxpr: Any) -> dict[str, float]:
+    """As :func:`count_flops`, by the type of the operands: of two different ones the wider; of a kernel its first
+    output's."""
+    found: dict[str, float] = defaultdict(float)
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        for dtype, count in _equation_flops(equation).items():
+            found[dtype] += count
+    return dict(found)
+
+
+def _equation_flops(equation: Any) -> Mapping[str, float]:
     name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        lhs = equation.invars[0].aval.shape
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        out_channels = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / max(out_channels, 1)
+    result = equation.outvars[0].aval if equation.outvars else None
+    if name in ("dot_general", "conv_general_dilated"):
+        lhs, rhs = (operand.aval for operand in equation.invars[:2])
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            inputs = math.prod(lhs.shape[i] for i in contracted)
+        else:
+            inputs = math.prod(rhs.shape) / max(rhs.shape[params["dimension_numbers"].rhs_spec[0]], 1)
+        dtype = max(lhs.dtype, rhs.dtype, key=lambda dtype: dtype.itemsize)
+        return {dtype.name: 2.0 * math.prod(result.shape) * inputs}
     if name == "pallas_call" and params.get("cost_estimate") is not None:
-        return float(params["cost_estimate"].flops)
+        return {result.dtype.name: float(params["cost_estimate"].flops)}
     if name == "cond":
-        return max(count_flops(branch) for branch in params["branches"])
+        return max(map(flops_by_type, params["branches"]), key=lambda found: sum(found.values()))
     times = {"scan": params.get("length", 1), "shard_map": _parts(params)}.get(name, 1)
-    return times * sum(count_flops(value) for value in _functions(params))
+    found: dict[str, float] = defaultdict(float)
+    for function in _functions(params):
+        for dtype, count in flops_by_type(function).items():
+            found[dtype] += times * count
+    return found
 
 
 def _functions(params: Mapping[str, Any]) -> list[Any]:
