@@ -65,6 +65,8 @@ def test_a_chunk_fits_an_h100_and_multiplies_in_the_types_asked_for(precision, l
         # In float32 multiply only what the original keeps so: the timestep's embedding, the 4x4 covariance of noise.
         wide = {name for a, b, name in found if "f32" in (a, b)}
         assert all("ConditionEmbedder.time/" in name or "btyxcj,ij->btyxci" in name for name in wide), wide
+        # The host need not ask the device whether a loop goes on.
+        assert all("known_trip_count" in line for line in text.splitlines() if " while(" in line)
         # No weight is written anew, neither cut out of a stack nor in another order, and no activation of the
         # feed-forward is transposed.
         arrays = written(text)

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import sample
 from helios_jax.compilation import default_cache, program_place, use_cache
 from helios_jax.errors import UserError
+from helios_jax.pipeline import sampler
 from helios_jax.pipeline.pipeline import HeliosPipeline
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -62,6 +63,21 @@ def test_what_is_compiled_beside_the_reading_of_weights_is_all_that_a_run_needs(
     COMPILED.clear()
     np.testing.assert_array_equal(frames_of_run(plain), video)
     assert [compiled(program) for program in PROGRAMS] == [3, 1, 1, 0]
+
+
+def test_where_the_host_follows_loops_an_amplified_first_chunk_has_programs_of_its_own(folder, monkeypatch):
+    want = frames_of_run(HeliosPipeline.from_pretrained(folder))
+    monkeypatch.setattr(sampler, "COUNTED_LOOPS", ("cpu",))
+    ahead = HeliosPipeline.from_pretrained(folder, compile_for={"prompts": PROMPT, "frames_dtype": "uint8", **RUN})
+    COMPILED.clear()
+    video = frames_of_run(ahead)
+    assert compiled("_stage") == 0
+    assert np.abs(video.astype(int) - want).max() <= 1 and np.ptp(want) > 50
+    plain = HeliosPipeline.from_pretrained(folder)
+    COMPILED.clear()
+    frames_of_run(plain)
+    assert compiled("_stage") == 6  # of three levels
+
 
 
 def test_a_mistake_in_what_is_to_be_compiled_is_told_as_that_in_a_run(folder):

@@ -444,7 +444,8 @@ class VideoStream(Iterator[Chunk]):
         self.num_chunks = -(-options.num_frames // self.window)
         self.position = 0
         self._as_uint8 = frames_dtype == "uint8"
-        # On a GPU the host follows a loop whose length is data, so beginning a chunk takes as long as its steps.
+        # Beginning a chunk may take the host as long as making it takes the device, on whose queue there is room for so
+        # many kernels only.
         self._beside = ThreadPoolExecutor(1) if lookahead else None
         self._begun: dict[int, Callable[[], _Work]] = {}  # chunks from ``position`` on
         self._pipeline, self._source, self._layout, self._options = pipeline, source, plan.layout, options

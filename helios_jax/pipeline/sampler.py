@@ -1,7 +1,8 @@
 """Denoising of one chunk as a few compiled programs, one per stage shape.
 
 A program holds all steps of its stage. What changes from chunk to chunk (noise, history, prompt, the number of steps
-of an amplified first chunk) is data, so nothing is compiled again after the first chunk.
+of an amplified first chunk) is data, so nothing is compiled again after the first chunk. On a GPU the number of steps
+is compiled in: its runtime would wait for the device before every turn of a loop whose length is data.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from helios_jax.models.transformer import HeliosTransformer, HistoryContext, Tex
 from helios_jax.sharding import Partition
 
 Array = jax.Array
+
+# Platforms whose host follows a loop of unknown length.
+COUNTED_LOOPS = ("gpu",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +116,15 @@ class ChunkSampler:
         self.size = (height // 8, width // 8)
         self.channels = latent_channels
         self._on_mesh = partition is not None and partition.mesh.size > 1
+        platform = jax.default_backend() if partition is None else partition.mesh.devices.flat[0].platform
+        self._counted = platform in COUNTED_LOOPS
         self.stages = len(plan.steps)
         steps = own_steps or (ChunkSteps(self.schedules(plan.amplify_first_chunk)), ChunkSteps(self.schedules()))
         self._first_tables, self._tables = _stage_tables(scheduler, steps)
         self._noise_shape = sharding.jit(partition, lambda x: pyramid.noise_pyramid(x, self.stages)[0])
         self._history_program = sharding.jit(partition, self._past) if model.config.restrict_self_attn else None
         # Later stages enlarge their input, whose memory is then of no use to them.
-        self._stage_programs = [sharding.jit(partition, functools.partial(self._stage, stage),
+        self._stage_programs = [sharding.jit(partition, functools.partial(self._stage, stage), static_argnums=8,
                                              donate_argnums=() if stage else 1) for stage in range(self.stages)]
 
     def schedules(self, amplify: bool = False) -> tuple[Schedule, ...]:
@@ -168,7 +174,8 @@ class ChunkSampler:
         past = self._history_program and self._history_program(variables, history, anchor)
         results = []
         for program, block, stage_tables in zip(self._stage_programs, [None, *blocks], tables, strict=True):
-            results.append(program(variables, x, block, text, history, anchor, stage_tables, past))
+            results.append(program(variables, x, block, text, history, anchor, stage_tables, past,
+                                   self._known_steps(stage_tables)))
             x = results[-1].sample
         return results
 
@@ -182,20 +189,26 @@ class ChunkSampler:
                 pyramid.block_noise_shape(batch, frames, h, w, self.channels) if stage else None,
                 (batch, self.plan.layout.frames, *size), (batch, 1, *size))
 
-    def trace(self, stage: int, variables: Mapping[str, Any], text: TextContext, inputs: Sequence[Any]
-              ) -> jax.stages.Traced:
+    def _known_steps(self, tables: StageTables) -> int | None:
+        return int(tables.count) if self._counted else None
+
+    def trace(self, stage: int, variables: Mapping[str, Any], text: TextContext, inputs: Sequence[Any],
+              tables: StageTables | None = None) -> jax.stages.Traced:
         """The program of one stage, to be counted or compiled; nothing runs.
 
         Args:
           stage: its index, lowest resolution first.
           variables, text: as for :meth:`denoise`; ``jax.ShapeDtypeStruct`` will do, here and in ``inputs``.
           inputs: arrays of :meth:`input_shapes`.
+          tables: the stage's steps; default: those of every chunk but the first.
         """
         x, block, history, anchor = inputs
+        tables = tables or self._tables[stage]
         past = self._history_program and jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=history.sharding),
             jax.eval_shape(self._history_program, variables, history, anchor))
-        return self._stage_programs[stage].trace(variables, x, block, text, history, anchor, self._tables[stage], past)
+        return self._stage_programs[stage].trace(variables, x, block, text, history, anchor, tables, past,
+                                                 self._known_steps(tables))
 
     def lowerings(self, variables: Mapping[str, Any], text: TextContext, batch: int, place: jax.sharding.Sharding | None
                   ) -> list[Callable[[], jax.stages.Lowered]]:
@@ -210,15 +223,18 @@ class ChunkSampler:
         def array(shape: tuple[int, ...] | None, place: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct | None:
             return shape and jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
 
-        def stage(index: int) -> jax.stages.Lowered:
+        def stage(index: int, tables: StageTables) -> jax.stages.Lowered:
             x, block, history, anchor = self.input_shapes(index, batch)
             is_made = index > 0 or (self.stages > 1 and self._on_mesh)  # by a program whose result has a place
             inputs = [array(x, place if is_made else None), array(block, None)]
-            return self.trace(index, variables, text, [*inputs, array(history, place), array(anchor, place)]).lower()
+            inputs += [array(history, place), array(anchor, place)]
+            return self.trace(index, variables, text, inputs, tables).lower()
 
         noise_shape = (batch, self.plan.layout.chunk, *self.size, self.channels)
         _, _, *past = (array(shape, place) for shape in self.input_shapes(0, batch))
-        found = [functools.partial(stage, index) for index in range(self.stages)]
+        first = [(index, tables) for index, tables in enumerate(self._first_tables)
+                 if self._known_steps(tables) != self._known_steps(self._tables[index])]
+        found = [functools.partial(stage, *of_stage) for of_stage in (*enumerate(self._tables), *first)]
         if self.stages > 1:
             found.append(lambda: self._noise_shape.lower(array(noise_shape, None)))
         if self._history_program:
@@ -241,8 +257,9 @@ class ChunkSampler:
         return jnp.concatenate([tokens, tokens]) if self.plan.guided else tokens
 
     def _stage(self, stage: int, variables: Mapping[str, Any], x: Array, block: Array | None, text: TextContext,
-               history: Array, anchor: Array, tables: StageTables, past: HistoryContext | None) -> StageResult:
-        """All steps of one stage; compiled once per stage."""
+               history: Array, anchor: Array, tables: StageTables, past: HistoryContext | None, steps: int | None
+               ) -> StageResult:
+        """All steps of one stage; compiled once per stage and known number of steps (None where it is data)."""
         plan = self.plan
         if stage:
             x = pyramid.transition(x, block, stage_table(self.scheduler)[stage])
@@ -277,7 +294,8 @@ class ChunkSampler:
             return solvers.step(solvers.row(tables.coefficients, i), state, v), observed
 
         nothing = jnp.zeros((len(tables.observed), *state.sample.shape), jnp.float32)
-        state, observed = jax.lax.fori_loop(first, tables.count, body, (state, nothing))
+        last = tables.count if steps is None else steps
+        state, observed = jax.lax.fori_loop(first, last, body, (state, nothing))
         return StageResult(state.sample, observed)
 
 
