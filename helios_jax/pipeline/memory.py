@@ -153,7 +153,7 @@ def _numbers(partition: Partition | None, names: tuple[str | None, ...], shape: 
     """How many numbers of an array one device holds."""
     if partition is not None:
         shape = partition.sharding(names, shape).shard_shape(shape)
-    return math.prod(shape)
+    return math.prod(map(int, shape))  # of any whole numbers, those of NumPy included
 
 
 # -- what there is ----------------------------------------------------------------------------------------------------
