@@ -59,9 +59,10 @@ def test_losses_and_gradients_of_all_parts_on_a_mesh_are_those_of_one_device(tra
         for name in losses:
             np.testing.assert_allclose(found[step][name], expected[step][name], rtol=0, atol=1e-5,
                                        err_msg=f"step {step}, {name}")
-    # Of equal parameters; later ones differ by what Adam, which divides a gradient by its size, makes of rounding.
-    for name in ("student/grad_norm", "critic/grad_norm"):
-        np.testing.assert_allclose(found[1][name], expected[1][name], rtol=1e-5, err_msg=name)
+        # In step 1 of equal parameters; later ones differ by what Adam, dividing by gradients, makes of rounding.
+        for name in ("student/grad_norm", "critic/grad_norm"):
+            np.testing.assert_allclose(found[step][name], expected[step][name], rtol=1e-5 if step == 1 else 1e-3,
+                                       err_msg=f"step {step}, {name}")
     assert expected[1]["critic/loss"] != expected[5]["critic/loss"]
 
 

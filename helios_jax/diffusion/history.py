@@ -8,6 +8,7 @@ oldest frame first; frames that do not exist yet are zeros, which the model atte
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,12 @@ class HistoryLayout:
     def frames(self) -> int:
         """Frames of the history buffer (19)."""
         return sum(self.sizes)
+
+    def tokens(self, height: int, width: int) -> tuple[int, int, int]:
+        """Of the long, the mid and the short tier (with the anchor), for latents of ``height`` x ``width``."""
+        long, mid, short = self.sizes
+        return tuple(math.ceil(frames / k) * math.ceil(height / (2 * k)) * math.ceil(width / (2 * k))
+                     for frames, k in ((long, 4), (mid, 2), (1 + short, 1)))
 
     def indices(self) -> FrameIndices:
         """Anchor 0, long 1...16, mid 17, 18, newest 19, current 20...28."""

@@ -101,7 +101,7 @@ class ConditionEncoder:
         history = self.empty(b, height, width).history
         for i in range(chunks):
             # A chunk that was not encoded leaves the history before it ends.
-            z = latents.get(i, jnp.zeros(shape))
+            z = latents[i] if i in latents else jnp.zeros(shape)
             history = self.layout.append(history, self._noised(source, z, noise.VIDEO_SIGMA, noise.VIDEO_NOISE, (i,)))
         return Condition(history, anchor, True)
 

@@ -27,6 +27,7 @@ from helios_jax.errors import UserError
 from helios_jax.models.quantize import NATIVE_PRODUCTS
 from helios_jax.models.streaming import COPIES_FROM_STACKS
 from helios_jax.pipeline.placement import Placement
+from helios_jax.pipeline.request import CHUNK_FRAMES
 from helios_jax.sharding import MeshConfig, Partition
 from helios_jax.text import MAX_TOKENS
 
@@ -76,13 +77,8 @@ class Need(NamedTuple):
 def tokens(request: Request) -> tuple[int, int]:
     """Tokens of history and of the current chunk at full resolution."""
     layout = HistoryLayout()
-    long, mid, newest = layout.sizes
-
-    def grid(factor: int) -> int:
-        return math.ceil(request.height / (16 * factor)) * math.ceil(request.width / (16 * factor))
-
-    history = (newest + 1) * grid(1) + math.ceil(mid / 2) * grid(2) + math.ceil(long / 4) * grid(4)
-    return history, layout.chunk * grid(1)
+    current = layout.chunk * (request.height // 16) * (request.width // 16)
+    return sum(layout.tokens(request.height // 8, request.width // 8)), current
 
 
 def denoising_bytes(placement: Placement, request: Request) -> int:
@@ -111,9 +107,8 @@ def text_bytes(placement: Placement, request: Request) -> int:
 
 def decoding_bytes(placement: Placement, request: Request, platform: str = "gpu") -> int:
     """Of the decoder, on one device: what it works on, and the frames of two chunks in float32."""
-    config, layout = placement.folder.vae, HistoryLayout()
+    config = placement.folder.vae
     base = config.decoder_base_dim or config.base_dim
-    window = (layout.chunk - 1) * config.scale_factor_temporal + 1
 
     def frames(count: int, channels: int) -> int:
         return _numbers(placement.partition, (None, None, None, "width", None),
@@ -122,7 +117,7 @@ def decoding_bytes(placement: Placement, request: Request, platform: str = "gpu"
     on_tpu = platform == "tpu"
     itemsize = 4 if on_tpu else jnp.dtype(placement.dtypes["vae"]).itemsize
     arrays = DECODER_ARRAYS_TPU if on_tpu else DECODER_ARRAYS
-    return arrays * frames(FRAMES_AT_ONCE, base) * itemsize + 2 * frames(window, config.out_channels) * 4
+    return arrays * frames(FRAMES_AT_ONCE, base) * itemsize + 2 * frames(CHUNK_FRAMES, config.out_channels) * 4
 
 
 def needed(placement: Placement, request: Request | None, platform: str = "gpu", loaded: bool = False) -> Need:

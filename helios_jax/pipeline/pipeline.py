@@ -265,7 +265,7 @@ class HeliosPipeline:
         """Refuses a run of so many videos in one program that does not fit the devices. Its weights may be there."""
         if self.budget is not None:
             request = memory.Request(options.height, options.width, videos, plan.guided)
-            step = 16 * 2 ** (len(plan.steps) - 1)
+            step = check.size_step(len(plan.steps))
             self.budget = dataclasses.replace(self.budget, request=request, step=step)
             self.budget.check()
 
@@ -444,8 +444,7 @@ class VideoStream(Iterator[Chunk]):
         self.num_chunks = -(-options.num_frames // self.window)
         self.position = 0
         self._as_uint8 = frames_dtype == "uint8"
-        # Beginning a chunk may take the host as long as making it takes the device, on whose queue there is room for so
-        # many kernels only.
+        # A chunk is thousands of kernels to start, and where the device's queue is full the host waits for it.
         self._beside = ThreadPoolExecutor(1) if lookahead else None
         self._begun: dict[int, Callable[[], _Work]] = {}  # chunks from ``position`` on
         self._pipeline, self._source, self._layout, self._options = pipeline, source, plan.layout, options
@@ -488,6 +487,7 @@ class VideoStream(Iterator[Chunk]):
     def __iter__(self) -> VideoStream:
         return self
 
+    @memory.explains
     def __next__(self) -> Chunk:
         if self.position >= self.num_chunks:
             raise StopIteration
@@ -554,8 +554,6 @@ class VideoStream(Iterator[Chunk]):
                 contexts.append(self._pipeline.context(text_path.concatenate([with_rows(e, rows) for e in parts])))
             self._contexts = (prompts, contexts)
         return self._contexts[1]
-
-    __next__ = memory.explains(__next__)
 
 
 def _compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:

@@ -24,6 +24,11 @@ DEFAULT_SEED = 42
 CONDITION_SIGMA = (0.111, 0.135)
 
 
+def size_step(stages: int) -> int:
+    """Of how many pixels the sides must be multiples."""
+    return 16 * 2 ** (stages - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Size:
     """A pixel size that the pyramid can halve: multiples of 16 * 2**(stages - 1)."""
@@ -36,7 +41,7 @@ class Size:
         """Raises:
           UserError: a side is no positive multiple; names the nearest allowed sizes.
         """
-        step = 16 * 2 ** (stages - 1)
+        step = size_step(stages)
         for name, value in (("height", height), ("width", width)):
             if not is_whole(value) or value < 1:
                 raise UserError(f"{name}: must be a positive whole number, got {value!r}")

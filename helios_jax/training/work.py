@@ -7,7 +7,6 @@ twice; where the weights are fixed (LoRA), once, but for attention, which has no
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from helios_jax.config import TransformerConfig
@@ -30,13 +29,6 @@ class Forward(NamedTuple):
     attention: float
 
 
-def history_tokens(layout: HistoryLayout, height: int, width: int) -> tuple[int, int, int]:
-    """Tokens of the long, the mid and the short tier for latents of ``height`` x ``width``."""
-    long, mid, short = layout.sizes
-    return tuple(math.ceil(frames / k) * math.ceil(height / (2 * k)) * math.ceil(width / (2 * k))
-                 for frames, k in ((long, 4), (mid, 2), (1 + short, 1)))
-
-
 def forward(config: TransformerConfig, layout: HistoryLayout, size: tuple[int, int], text_rows: int, factor: int = 1
             ) -> Forward:
     """The forward pass of one sequence.
@@ -49,7 +41,7 @@ def forward(config: TransformerConfig, layout: HistoryLayout, size: tuple[int, i
       factor: by which the current frames are smaller than ``size``.
     """
     dim, height, width = config.dim, *size
-    tiers = history_tokens(layout, height, width)
+    tiers = layout.tokens(height, width)
     current = layout.chunk * (height // factor // 2) * (width // factor // 2)
     tokens, rows = sum(tiers) + current, text_rows + 1
     readers = current if config.guidance_cross_attn else tokens
