@@ -5,8 +5,8 @@
 
 Every variant starts from q, k, v [B, S, C] as the projections leave them and includes RMS norm over all heads and
 rotary positions. Forward, and forward with the gradients of q, k, v and both norm weights. All variants run in one
-process, in turns; a figure is the median over the turns. Variants that the machine cannot run are listed with the
-reason.
+process, in turns that each begin with another variant; a figure is the median over the turns. Variants that the machine
+cannot run are listed with the reason. "ours" is the dispatch's choice, which is printed.
 
 TFLOP/s count the two products of attention alone (4 B N S^2 D forward, 3.5 times that with the gradients); norm and
 rotary positions take time and count nothing. The share is that of the rate which the same machine reaches on a plain
@@ -66,6 +66,17 @@ def jax_cores() -> dict[str, Callable | None]:
 
         cores["tokamax"] = tokamax_core
     return cores
+
+
+def choice(problem: Problem) -> str | None:
+    """The variant that the dispatch takes, forward."""
+    import jax
+    import jax.numpy as jnp
+
+    from kernels.attention.dispatch import explain
+
+    shape = (problem.batch, problem.length, problem.heads, problem.size)
+    return explain(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3).chosen
 
 
 def jax_runs(problem: Problem, core: Callable | None) -> dict[str, Callable[[int], object]]:
@@ -186,9 +197,11 @@ def measure(arguments: argparse.Namespace) -> dict:
     machine = describe_machine()
     print(f"{machine['device']}, jax {jax.__version__}, {arguments.heads} heads of {arguments.size}, bfloat16, "
           f"plain matrix product {rate:.3g} TFLOP/s")
-    rows, refused = [], {}
+    rows, refused, chosen = [], {}, {}
     for length in arguments.lengths:
         problem = Problem(length, arguments)
+        chosen[length] = choice(problem)
+        print(f"{length} tokens: the dispatch takes {chosen[length]}")
         makers = {name: functools.partial(jax_runs, problem, core) for name, core in jax_cores().items()}
         if importlib.util.find_spec("torch"):
             makers["torch"] = functools.partial(torch_runs, problem)
@@ -205,7 +218,8 @@ def measure(arguments: argparse.Namespace) -> dict:
             rows += compare(problem, work, prepared, exact, rate, arguments)
     for name, reason in refused.items():
         print(f"{name}: not run: {reason}")
-    return {"machine": machine, "arguments": vars(arguments), "matmul_tflops": rate, "rows": rows, "not_run": refused}
+    return {"machine": machine, "arguments": vars(arguments), "matmul_tflops": rate, "rows": rows, "not_run": refused,
+            "dispatch": chosen}
 
 
 def compare(problem: Problem, work: str, prepared: dict, exact: np.ndarray | None, rate: float,
@@ -217,10 +231,12 @@ def compare(problem: Problem, work: str, prepared: dict, exact: np.ndarray | Non
         runs[work][0](1)
         inner[name] = max(1, round(arguments.turn / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in prepared}
-    for _ in range(arguments.repeats):
-        for name, runs in prepared.items():
+    names = list(prepared)
+    for turn in range(arguments.repeats):
+        # Another one begins every turn: on an H200 the one after the slowest was 4 to 8 % faster than itself elsewhere.
+        for name in names[turn % len(names):] + names[: turn % len(names)]:
             start = time.perf_counter()
-            runs[work][0](inner[name])
+            prepared[name][work][0](inner[name])
             times[name].append((time.perf_counter() - start) / inner[name])
     medians = {name: statistics.median(values) for name, values in times.items()}
     libraries = [seconds for name, seconds in medians.items() if name in LIBRARIES]

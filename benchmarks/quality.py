@@ -9,12 +9,14 @@ one prompt, one video of 99 frames, warm, median of several calls. Denoising is 
 its latents; the whole call has prompt, decoding and frames on the host as well.
 
 Every part is a JSON file in the folder --out, and one that is there is not made again: a stopped run goes on, and the
-table can be printed from several machines' parts. Base takes most of the time, with its 50 guided steps.
+table can be printed from several machines' parts (--report makes nothing, and what is missing is "-"). Base takes most
+of the time, with its 50 guided steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -113,33 +115,65 @@ def judge(row: Row, prompts: str, out: Path, arguments: argparse.Namespace, seed
     unfinished.rename(out)
 
 
+def make_parts(rows: list[Row], out: Path, arguments: argparse.Namespace) -> None:
+    """Times and judges every row, but for what is in ``out`` already."""
+    out.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        timed = out / f"{row.slug}.time.json"
+        if not timed.exists():
+            timed.write_text(json.dumps(measure_time(row, arguments.repeats), indent=1) + "\n")
+        for seed in range(arguments.seeds):
+            judge(row, PROMPTS["short"], out / f"{row.slug}.seed{seed}.json", arguments, SEED_STRIDE * seed)
+        judge(row, PROMPTS["long"], out / f"{row.slug}.long.json", arguments, 0)
+
+
 def summary(row: Row, out: Path, seeds: int) -> dict[str, Any]:
-    """One row of the table from the files in ``out``."""
-    short = [json.loads((out / f"{row.slug}.seed{seed}.json").read_text()) for seed in range(seeds)]
-    videos = sum(part["videos"] for part in short)
-    right = round(sum(part["right_in_all"] * part["videos"] for part in short))
-    low, high = wilson_interval(right, videos)
-    long = json.loads((out / f"{row.slug}.long.json").read_text())
-    timed = json.loads((out / f"{row.slug}.time.json").read_text())
-    return {"name": row.name, "model": row.model, "steps": row.steps, "per_seed": [p["right_in_all"] for p in short],
-            "right": right, "videos": videos, "wilson_95": [low, high],
-            "kept_to_the_end": long["kept_to_the_end"], "plain_numbers": long["plain_numbers"],
-            **{name: timed[name] for name in ("denoising_s", "call_s", "machine")}}
+    """One row of the table from the files in ``out``; what is missing there is None."""
+    def part(kind: str) -> dict[str, Any] | None:
+        path = out / f"{row.slug}.{kind}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    short, long, timed = [part(f"seed{seed}") for seed in range(seeds)], part("long"), part("time") or {}
+    there = [one for one in short if one]
+    videos = sum(one["videos"] for one in there)
+    right = round(sum(one["right_in_all"] * one["videos"] for one in there))
+    plain = {name: statistics.mean(one["plain_numbers"][name] for one in there)
+             for name in there[0]["plain_numbers"]} if there else None
+    return {"name": row.name, "model": row.model, "steps": row.steps,
+            "per_seed": [one and one["right_in_all"] for one in short], "right": right, "videos": videos,
+            "wilson_95": list(wilson_interval(right, videos)) if videos else None, "plain_numbers": plain,
+            "long": long and {name: long[name] for name in ("kept_to_the_end", "plain_numbers")},
+            **{name: timed.get(name) for name in ("denoising_s", "call_s", "machine")}}
+
+
+COLUMNS = ("", "right in all, by seed", "all seeds, 95 %", "motion", "coherence", "colour drift", "seam", "60 s: kept",
+           "motion", "coherence", "colour drift", "seam", "denoising s", "", "call s")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; the denoising times are also given in parts of the first row's."""
-    lines = ["| | right in all, by seed | all seeds, 95 % | 60 s kept | motion | coherence | colour drift | seam | "
-             "denoising s | | call s |", "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    """Markdown. Motion (pixels a frame), coherence, colour drift and the jump at seams are medians over videos: of the
+    short ones, averaged over the seeds, then of the long ones. The denoising times are also given in parts of the first
+    row's. A column in which everything is missing is left out."""
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    def plain(numbers: dict[str, float] | None) -> list[str]:
+        names = ("motion_px_per_frame", "coherence", "colour_drift", "seam_jump")
+        return [number(numbers and numbers[name], form) for name, form in zip(names, (".2f", ".3f", ".2f", ".1f"))]
+
+    lines = [COLUMNS, ["---"] * 3 + ["---:"] * (len(COLUMNS) - 3)]
     for row in rows:
-        plain, kept = row["plain_numbers"], row["kept_to_the_end"]
-        lines.append(
-            f"| {row['name']} | {', '.join(f'{rate:.1%}' for rate in row['per_seed'])} | {row['right']} of "
-            f"{row['videos']} ({row['wilson_95'][0]:.1%} - {row['wilson_95'][1]:.1%}) | {kept['all']} of {kept['of']} "
-            f"| {plain['motion_px_per_frame']:.2f} | {plain['coherence']:.3f} | {plain['colour_drift']:.2f} | "
-            f"{plain['seam_jump']:.2f} | {row['denoising_s']:.2f} | "
-            f"1/{rows[0]['denoising_s'] / row['denoising_s']:.1f} | {row['call_s']:.2f} |")
-    return "\n".join(lines)
+        long, interval = row["long"] or {}, row["wilson_95"]
+        kept = long.get("kept_to_the_end")
+        times = rows[0]["denoising_s"], row["denoising_s"]
+        lines.append([
+            row["name"], ", ".join(number(rate, ".1%") for rate in row["per_seed"]),
+            f"{row['right']} of {row['videos']} ({interval[0]:.1%} - {interval[1]:.1%})" if interval else "-",
+            *plain(row["plain_numbers"]), f"{kept['all']} of {kept['of']}" if kept else "-",
+            *plain(long.get("plain_numbers")), number(row["denoising_s"], ".2f"),
+            f"1/{times[0] / times[1]:.1f}" if all(times) else "-", number(row["call_s"], ".2f")])
+    filled = [any(line[i] != "-" for line in lines[2:]) for i in range(len(COLUMNS))]
+    return "\n".join(f"| {' | '.join(itertools.compress(line, filled))} |" for line in lines)
 
 
 @command_line
@@ -152,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--batch", type=int, default=10, metavar="N", help="videos judged together")
     p.add_argument("--processes", type=int, default=2, metavar="N", help="that divide the prompts")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of both files")
+    p.add_argument("--report", action="store_true", help="only print the table of the parts that are there")
     arguments = p.parse_args(argv)
     for name in ("seeds", "repeats", "batch", "processes"):
         if getattr(arguments, name) < 1:
@@ -160,16 +195,13 @@ def main(argv: list[str] | None = None) -> int:
     if len({row.slug for row in rows}) < len(rows):
         raise UserError("--row: two rows have the same name")
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        timed = out / f"{row.slug}.time.json"
-        if not timed.exists():
-            timed.write_text(json.dumps(measure_time(row, arguments.repeats), indent=1) + "\n")
-        for seed in range(arguments.seeds):
-            judge(row, PROMPTS["short"], out / f"{row.slug}.seed{seed}.json", arguments, SEED_STRIDE * seed)
-        judge(row, PROMPTS["long"], out / f"{row.slug}.long.json", arguments, 0)
+    if arguments.report and not out.is_dir():
+        raise UserError(f"--out: no such folder: {out}")
+    if not arguments.report:
+        make_parts(rows, out, arguments)
     found = [summary(row, out, arguments.seeds) for row in rows]
-    (out / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
+    if not arguments.report:
+        (out / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
     return 0
 

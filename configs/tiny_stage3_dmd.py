@@ -8,7 +8,8 @@ assets/helios-tiny. Data as for configs/tiny_stage1.py. The student is trained o
 (shift_from previous).
 
 Hardware: any CPU of two cores with 4 GB of memory, or one GPU or TPU chip.
-Time: 3.4 to 4.7 s per step on one core of an Intel Xeon, 23 minutes in all. gan: 4.6 s; only 50 steps were tried.
+Time: 3.4 to 4.7 s per step on one core of an Intel Xeon, 23 minutes in all. gan: 13.6 s a step with another training
+  beside it, 59 minutes in all.
 Result: runs/stage3_dmd/export, a distilled model for sample.py and for diffusers (HeliosPyramidPipeline).
 
 All parameters of the student are trained and their average is kept; the critic has adapters. gan adds small heads
@@ -57,7 +58,7 @@ def get_config(part: str = "dmd") -> ConfigDict:
                 "alpha": 4.0, "beta": 1.5, "decay_steps": 1 if gan else 500, "lowest": 20, "highest": 980, "shift": 3.0,
             },
             "gan": {
-                "width": 64 if gan else 0, "groups": 8, "blocks": (1, 3, 5), "start_step": 100, "crop": 1,
+                "width": 64 if gan else 0, "groups": 8, "blocks": (1, 3, 5), "start_step": 20, "crop": 1,
                 "student_weight": 0.05, "head_weight": 0.01, "r1_weight": 100.0, "r1_sigma": 0.1,
             },
             "task_mix": {"t2v": 0.25, "i2v": 0.05, "v2v": 0.3},
@@ -77,7 +78,7 @@ def get_config(part: str = "dmd") -> ConfigDict:
         "batch_size": 8,
         "accumulate": 1,
         "mesh": {"data": 1, "fsdp": 1, "context": 1, "tensor": 1},
-        "num_steps": 400 if gan else 300,
+        "num_steps": 220 if gan else 300,
         "log_every": 50,
         "checkpoint_every": 100,
         "keep_last": 2,

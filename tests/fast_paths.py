@@ -25,7 +25,7 @@ PROMPT = "a red circle moving right on a dark background"
 class Run(NamedTuple):
     """Two chunks of a model in the box: the second sees history and anchor of the first.
 
-    restricted: its history attends to itself only, which no model in the box was trained for.
+    restricted: its history attends to itself only, which Base was not trained for.
     """
 
     model: str

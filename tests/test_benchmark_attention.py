@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from kernels.attention.dispatch import VARIANTS
+
 
 @pytest.fixture(scope="module")
 def benchmark():
@@ -27,6 +29,7 @@ def test_small_run_measures_every_variant_the_machine_has_and_names_the_others(b
     assert {(row["length"], row["work"]) for row in report["rows"] if row["variant"] == "ours"} == {
         (length, work) for length in (61, 40) for work in ("forward", "forward + backward")
     }
+    assert set(report["dispatch"]) == {61, 40} and set(report["dispatch"].values()) <= set(VARIANTS)
     if jax.default_backend() == "cpu":
         assert "Hopper" in report["not_run"]["ours, Pallas kernel"]
         assert "cudnn" in report["not_run"]

@@ -22,6 +22,7 @@ def command(folders, tmp_path):
             str(tmp_path / "report.json")]
 
 
+@pytest.mark.slow
 def test_every_mode_is_compared_with_plain_float32_and_plain_bfloat16(folders, command, tmp_path, capsys):
     report = precision.main([*command, "--modes", "int8_weights"])
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == report["rows"]

@@ -25,10 +25,11 @@ class StandIn:
         self.commands.append(flags)
         if self.code == 0:
             given = dict(zip(flags[::2], flags[1::2], strict=True))
-            is_long = "long" in given["--prompts"]
+            is_long, seed = "long" in given["--prompts"], int(given["--seed_offset"]) // 1000
             report = {"right_in_all": 0.9, "videos": 20 if is_long else 200,
                       "kept_to_the_end": {"all": 19, "of": 20},
-                      "plain_numbers": dict(motion_px_per_frame=1.5, coherence=0.98, colour_drift=1.0, seam_jump=2)}
+                      "plain_numbers": {"motion_px_per_frame": 1.5 + seed, "coherence": 0.98, "colour_drift": 1.0,
+                                        "seam_jump": 2}}
             Path(given["--json"]).write_text(json.dumps(report))
         return subprocess.CompletedProcess(command, self.code)
 
@@ -57,15 +58,39 @@ def test_every_row_is_judged_by_every_seed_and_once_on_the_long_prompts_and_neve
         for is_long, seed in ((False, "0"), (False, "1000"), (False, "2000"), (True, "0"))]
     assert all(Path(g["--prompts"]).is_file() for g in given)
     base, distilled = json.loads((tmp_path / "out" / "quality.json").read_text())
-    assert (base["right"], base["videos"], base["kept_to_the_end"]["all"]) == (540, 600, 19)
+    assert (base["right"], base["videos"], base["long"]["kept_to_the_end"]["all"]) == (540, 600, 19)
     assert base["wilson_95"][0] < 0.9 < base["wilson_95"][1]
+    assert [part["plain_numbers"]["motion_px_per_frame"] for part in (base, base["long"])] == [2.5, 1.5]  # of all seeds
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].startswith("| Distilled [1,1,1] | 90.0%, 90.0%, 90.0% | 540 of 600") and "| 1/20.0 |" in lines[3]
-    assert {line.count("|") for line in lines} == {12}
+    assert {line.count("|") for line in lines} == {16}
 
     (tmp_path / "out" / "base.seed1.json").unlink()
     assert main(*command) == 0
     assert len(run.commands) == 9 and run.commands[-1][-3:-1] == ["1000", "--json"]
+
+
+def test_a_report_makes_nothing_and_says_what_is_missing(run, tmp_path, capsys):
+    command = ["--row", "Base=somewhere", "--row", "Distilled [1,1,1]=elsewhere:1,1,1", "--out", tmp_path / "out"]
+    assert main(*command) == 0
+    whole = capsys.readouterr().out.splitlines()
+    for missing in ("base.long.json", "base.seed2.json", "base.time.json", "quality.json"):
+        (tmp_path / "out" / missing).unlink()
+    left, run.commands = sorted((tmp_path / "out").iterdir()), []
+    assert main(*command, "--report") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not run.commands and sorted((tmp_path / "out").iterdir()) == left
+    assert lines[3] == whole[3].replace("| 1/20.0 ", "")  # a column that is empty now
+    assert lines[2].startswith("| Base | 90.0%, 90.0%, - | 360 of 400") and lines[2].endswith("| 2.0 |" + 7 * " - |")
+    (tmp_path / "empty").mkdir()
+    assert main("--row", "Base=somewhere", "--out", tmp_path / "empty", "--report") == 0
+    assert "| Base | -, -, - |" in capsys.readouterr().out and not list((tmp_path / "empty").iterdir())
+
+
+def test_a_report_of_a_folder_that_is_not_there_is_one_line(run, tmp_path, capsys):
+    assert main("--row", "Base=somewhere", "--out", tmp_path / "absent", "--report") != 0
+    assert f"--out: no such folder: {tmp_path / 'absent'}" in capsys.readouterr().err
+    assert not (tmp_path / "absent").exists()
 
 
 def test_a_run_that_failed_leaves_no_part_behind(run, tmp_path, capsys):

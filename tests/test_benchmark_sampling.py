@@ -40,6 +40,7 @@ def measured(tmp_path_factory):
     return json.loads((folder / "report.json").read_text()), done.stdout, (folder / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_sampling_is_measured_part_by_part_for_both_schedules(measured):
     report, printed, table = measured
     assert report["machine"]["device"] == "cpu" and report["machine"]["memory"] > 2**30
@@ -58,6 +59,7 @@ def test_sampling_is_measured_part_by_part_for_both_schedules(measured):
     assert "TFLOP/s" in printed and "cpu" in table and len(table.splitlines()) == 4 + 4
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_one_line_and_the_next_one_follows(measured):
     report, printed, table = measured
     failed = report["rows"][2:]
@@ -71,6 +73,7 @@ def test_a_row_that_fails_is_one_line_and_the_next_one_follows(measured):
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_every_row_has_a_process_of_its_own(measured):
     processes = [row["process"] for row in measured[0]["rows"]]
     assert len(set(processes)) == 4 and os.getpid() not in processes
@@ -147,6 +150,7 @@ def test_the_quantised_layers_count_at_the_peak_of_their_type_and_the_rest_at_bf
         assert floor_seconds(level, "NVIDIA H200") == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_starting_is_measured_cold_and_warm(tmp_path):
     model = write_tiny_checkpoint(tmp_path / "model", "distilled")
     report = startup.main(["--model", str(model), "--size", "64x64", "--json", str(tmp_path / "report.json")])
@@ -194,6 +198,7 @@ def test_random_weights_are_finite_and_of_the_shapes_and_dtypes_that_loading_giv
     assert not (values[0] == values[1]).all()
 
 
+@pytest.mark.slow
 def test_a_long_video_is_measured_chunk_by_chunk(tmp_path):
     model = write_tiny_checkpoint(tmp_path / "model", "distilled")
     report = long_video.main(["--model", str(model), "--size", "64x64", "--chunks", "14", "--json",

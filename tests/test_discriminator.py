@@ -13,7 +13,7 @@ from helios_jax.config import TransformerConfig
 from helios_jax.convert.rules import abstract_params
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
-from helios_jax.models.discriminator import Discriminator, Head
+from helios_jax.models.discriminator import _CONVOLUTIONS, Discriminator, Head, convolve
 from helios_jax.models.transformer import HeliosTransformer
 
 TINY = TransformerConfig(num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, text_dim=6,
@@ -62,6 +62,36 @@ def test_a_head_equals_pytorch():
         y = torch.nn.functional.silu(y)
     expected = y.mean((2, 3, 4)).numpy() @ params["out"]["kernel"] + params["out"]["bias"]
     np.testing.assert_allclose(head.apply({"params": params}, x), expected[:, 0], atol=2e-5)
+
+
+@pytest.mark.parametrize(("kernel", "strides", "padding"), _CONVOLUTIONS)
+def test_both_forms_of_a_convolution_agree_with_their_gradients(kernel, strides, padding):
+    x, weights, out = (jax.random.normal(jax.random.key(i), shape)
+                       for i, shape in enumerate(((2, 5, 7, 6, 3), (*kernel, 3, 4), (4,))))
+
+    def loss(x, weights, form):
+        y = convolve(x, weights, strides, padding, form)
+        return (jnp.sin(y) * out).sum(), y
+
+    (_, got), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, weights, "windows")
+    (_, want), expected = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, weights, "3d")
+    for a, b in zip((got, *gradients), (want, *expected), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_heads_for_a_tpu_or_a_gpu_keep_the_convolution():
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((), (), (), abstract_device=device)
+    head, x = Head(8, 4, jnp.float32), jnp.zeros((1, 9, 8, 8, 3))
+    params = head.init(jax.random.key(0), x)
+
+    def primitives():
+        return str(jax.make_jaxpr(lambda x: head.apply(params, x))(x)).count("conv_general_dilated")
+
+    assert primitives() == 0
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert primitives() == 6
 
 
 def test_start_values_lie_where_pytorch_puts_them():

@@ -19,6 +19,7 @@ from helios_jax.convert.safetensors_io import SafetensorsFile
 from helios_jax.data.random_latents import write_random_latents
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 
 

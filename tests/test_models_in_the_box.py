@@ -10,7 +10,8 @@ import sample
 from helios_jax.pipeline.pipeline import HeliosPipeline
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-BASE, MID, DISTILLED = (ASSETS / f"helios-tiny{variant}" for variant in ("", "-mid", "-distilled"))
+BASE, MID, DISTILLED, RESTRICTED = (ASSETS / f"helios-tiny{variant}" for variant in ("", "-mid", "-distilled",
+                                                                                      "-restricted"))
 
 
 @pytest.mark.parametrize("folder", [BASE, MID, DISTILLED], ids=["base", "mid", "distilled"])
@@ -19,14 +20,20 @@ def test_each_variant_loads_and_names_itself(folder, request):
     assert pipe.index.variant == request.node.callspec.id and pipe.index.native_size == (64, 128)
 
 
+def test_the_restricted_model_is_a_distilled_one_and_restricted():
+    pipe = HeliosPipeline.from_pretrained(RESTRICTED)
+    assert pipe.index.variant == "distilled" and pipe.folder.transformer.restrict_self_attn
+
+
 def test_the_default_of_sampling_is_distilled():
     assert sample.BOX == DISTILLED
 
 
 def test_what_the_variants_share_is_stored_once_and_all_of_it_is_small():
-    stored = {path.resolve() for folder in (BASE, MID, DISTILLED) for path in folder.rglob("*") if path.is_file()}
+    folders = (BASE, MID, DISTILLED, RESTRICTED)
+    stored = {path.resolve() for folder in folders for path in folder.rglob("*") if path.is_file()}
     sizes = {path: path.stat().st_size for path in stored}
     assert sum(sizes.values()) <= 35e6
     assert sum(size for path, size in sizes.items() if path.is_relative_to(BASE)) <= 12e6
     for name in ("vae", "text_encoder", "tokenizer"):
-        assert (MID / name).resolve() == (DISTILLED / name).resolve() == BASE / name
+        assert {(folder / name).resolve() for folder in (MID, DISTILLED, RESTRICTED)} == {BASE / name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,22 @@ def test_the_loop_is_a_loop_in_python(form, with_last, layers, unroll):
     np.testing.assert_allclose(got, x, rtol=1e-6)
     assert (outs is None) == (not sums)
     np.testing.assert_allclose([] if outs is None else outs, sums, rtol=1e-6)
+
+
+def test_layers_apart_are_traced_and_lowered_once_however_many_there_are():
+    traced = []
+
+    def body(x, layer, _):
+        traced.append(x)
+        return jnp.tanh(x @ layer["w"]), None
+
+    def lowered(layers):
+        weights = split_layers({"w": jnp.ones((layers, 3, 3))})
+        return jax.jit(lambda w: scan_layers(body, jnp.ones((2, 3)), w)[0]).lower(weights).as_text()
+
+    text = lowered(7)
+    assert len(traced) == 1
+    assert text.count("stablehlo.tanh") == 1 and len(re.findall(r"\bcall @body\b", text)) == 7
 
 
 def test_bytes_are_those_of_the_loaded_arrays(checkpoint, stream_all):

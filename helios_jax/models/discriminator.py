@@ -7,6 +7,8 @@ logit above 0 means "made by the student". Source: specification of training sta
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -15,6 +17,8 @@ from flax import linen as nn
 
 from helios_jax.errors import UserError
 from helios_jax.models.layers import silu
+from kernels.attention import precision_of
+from kernels.attention.device import current_device
 
 Array = jax.Array
 
@@ -31,6 +35,49 @@ def _bias_init(fan_in: int):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5
 
 
+class Convolution(nn.Module):
+    """3-D convolution. Parameters are those of ``nn.Conv``.
+
+    XLA's CPU compiler runs the gradients of such a convolution, and a batch of several, many times slower than a matrix
+    product; so there its windows are laid side by side and multiplied.
+    """
+
+    features: int
+    kernel_size: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, y, x, C] -> [B, T', y', x', features]."""
+        fan_in = math.prod(self.kernel_size) * x.shape[-1]
+        kernel = self.param("kernel", _kernel_init, (*self.kernel_size, x.shape[-1], self.features))
+        bias = self.param("bias", _bias_init(fan_in), (self.features,))
+        form = "windows" if current_device().platform == "cpu" else "3d"
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.padding, form
+                        ) + bias.astype(self.dtype)
+
+
+def convolve(x: Array, kernel: Array, strides: tuple[int, ...], padding: tuple[int, ...], form: str) -> Array:
+    """A 3-D convolution in either form, equal up to rounding.
+
+    Args:
+      x: [B, T, y, x, C]; kernel: [kt, ky, kx, C, O]; strides, padding: over time, rows and columns.
+      form: "3d", or "windows": one matrix product of all windows, [B, T', y', x', kt ky kx C].
+    Returns: [B, T', y', x', O].
+    """
+    precision = precision_of(x.dtype)
+    if form == "3d":
+        return jax.lax.conv_general_dilated(x, kernel, strides, [(p, p) for p in padding], precision=precision,
+                                            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    x = jnp.pad(x, ((0, 0), *((p, p) for p in padding), (0, 0)))
+    ends = [n - k + 1 for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
+    windows = [x[:, t : t + ends[0] : strides[0], i : i + ends[1] : strides[1], j : j + ends[2] : strides[2]]
+               for t, i, j in itertools.product(*map(range, kernel.shape[:3]))]
+    return jnp.matmul(jnp.concatenate(windows, axis=-1), kernel.reshape(-1, kernel.shape[-1]), precision=precision)
+
+
 class Head(nn.Module):
     """Six convolutions with GroupNorm and SiLU, a mean over all places, one number."""
 
@@ -42,9 +89,7 @@ class Head(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B, T, y, x, C] -> float32 [B]."""
         for i, (kernel, strides, padding) in enumerate(_CONVOLUTIONS):
-            fan_in = kernel[0] * kernel[1] * kernel[2] * x.shape[-1]
-            x = nn.Conv(self.width, kernel, strides, [(p, p) for p in padding], dtype=self.dtype,
-                        kernel_init=_kernel_init, bias_init=_bias_init(fan_in), name=f"conv_{i}")(x)
+            x = Convolution(self.width, kernel, strides, padding, self.dtype, name=f"conv_{i}")(x)
             x = silu(nn.GroupNorm(self.groups, epsilon=1e-5, dtype=self.dtype, name=f"norm_{i}")(x))
         x = x.mean((1, 2, 3), dtype=jnp.float32)  # [B, T', y', x', width] -> [B, width]
         return nn.Dense(1, kernel_init=_kernel_init, bias_init=_bias_init(self.width), name="out")(x)[:, 0]

@@ -42,15 +42,15 @@ class PatchEmbedding(nn.Module):
         x = x[:, :t, :h, :w].astype(self.dtype)
         x = rearrange(x, "b (t kt) (y kh) (x kw) c -> b t y x (kt kh kw c)", kt=kt, kh=kh, kw=kw)
         y = matmul_float32(x, kernel.reshape(-1, self.features))  # -> [B, t, y, x, C]
-        # Whole along the axis that divides tokens: repeating so little is cheap, and the kernel's gradient is then
-        # a sum over the batch's axes alone. The other sum, scattered over some of its axes, is more than libtpu 0.0.41
-        # compiles (INTERNAL, post-layout).
-        y = constrain(y, "batch", None, None, None, None)
         if self.has_variable("lora", "a"):
             a = self.get_variable("lora", "a")  # [kt, kh, kw, C_in, r]
             y = y + low_rank(x, a.reshape(-1, a.shape[-1]), self.get_variable("lora", "b"))
             if self.has_variable("lora", "bias"):
                 y = y + self.get_variable("lora", "bias").astype(jnp.float32)
+        # Whole along the axis that divides tokens: repeating so little is cheap, and the gradients of kernel and
+        # adapter are then sums over the batch's axes alone. Sums over the other axis, too, scattered over some of the
+        # batch's, are more than libtpu (0.0.41, 0.0.50) compiles (INTERNAL, post-layout).
+        y = constrain(y, "batch", None, None, None, None)
         return (y + bias.astype(jnp.float32)).astype(self.dtype)
 
 

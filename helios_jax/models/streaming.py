@@ -50,7 +50,8 @@ def scan_layers(body: Body, carry: PyTree, weights: PyTree, others: PyTree = Non
     Returns: the last carry, and the outs stacked.
     """
     if isinstance(weights, tuple):
-        outs = []
+        # A function of its own is traced and lowered once, not once a layer: XLA sets it into the program in its place.
+        body, outs = jax.jit(body), []
         for i, own in enumerate(weights):
             is_last = last is not None and i == len(weights) - 1
             carry, out = (last if is_last else body)(carry, own, jax.tree.map(lambda leaf, i=i: leaf[i], others))

@@ -51,7 +51,7 @@ class Order(NamedTuple):
 ORDERS: tuple[Order, ...] = (
     Order("cpu", "", ("per_head", "xla"), "two Zen 5 cores: see per_head.py"),
     Order("tpu", "", ("mosaic_tpu", "xla", "per_head"), None),
-    Order("gpu", "", ("cudnn", "mosaic_gpu", "xla", "per_head"), None),
+    Order("gpu", "", ("cudnn", "mosaic_gpu", "xla", "per_head"), "an H200: see docs/kernels_gpu.md"),
 )
 FALLBACK = ("xla", "per_head")
 
