@@ -50,12 +50,17 @@ def assert_equal_losses(folder: Path, reference: str, case: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    return run_cases(tmp_path_factory.mktemp("meshes"), "one", "data", "mixed", "context", "parts")
+    return run_cases(tmp_path_factory.mktemp("meshes"), "one", "mixed", "context", "parts")
 
 
-@pytest.mark.parametrize("case", ["data", "mixed", "context", "parts"])
+@pytest.mark.parametrize("case", ["mixed", "context", "parts"])
 def test_losses_on_a_mesh_are_those_of_one_device(trained, case):
     assert_equal_losses(trained, "one", case)
+
+
+@pytest.mark.slow
+def test_eight_whole_copies_give_the_losses_of_one_device(tmp_path):
+    assert_equal_losses(run_cases(tmp_path, "one", "data"), "one", "data")
 
 
 @pytest.mark.slow
