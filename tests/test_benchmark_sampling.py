@@ -183,6 +183,7 @@ def test_diffusers_on_a_processor_is_no_comparison_with_an_accelerator():
         sampling_rows.measure_theirs({**ROW, "side": "diffusers, eager"}, {**SETTINGS, "device": "TPU v5 lite"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["none", "int8"])
 def test_random_weights_are_finite_and_of_the_shapes_and_dtypes_that_loading_gives(precision):
     folder = sampling_rows.random_folder(heads=1, layers=2, size=(64, 64))

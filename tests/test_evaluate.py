@@ -15,6 +15,7 @@ BOX = ROOT / "assets/helios-tiny"
 PROMPTS = ROOT / "assets/prompts/held_out_200.json"
 
 
+@pytest.mark.slow
 def test_several_processes_judge_as_one_does(tmp_path, capsys):
     reports = []
     for processes in ("1", "2"):

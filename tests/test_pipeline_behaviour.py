@@ -206,6 +206,7 @@ def test_videos_in_one_program_differ_by_rounding_only(base):
         assert np.abs(a.latents - b.latents).max() < 1e-5 * np.ptp(b.latents)  # measured: 5e-7
 
 
+@pytest.mark.slow
 def test_a_chunk_too_large_for_the_vae_at_once_is_coded_in_steps_to_the_same_numbers(monkeypatch):
     # The VAE in the box: the tiny checkpoints' norms over four channels meet vectors near zero, where rounding rules.
     folder = ROOT / "assets/helios-tiny/vae"

@@ -128,6 +128,7 @@ def short_run(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_to_read_held_out_combinations(short_run):
     rows = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     scores = next(row for row in rows if "eval/clip/all" in row)
@@ -135,6 +136,7 @@ def test_a_short_run_learns_to_read_held_out_combinations(short_run):
     assert scores["eval/clip/rows"] > 0.5
 
 
+@pytest.mark.slow
 def test_the_export_is_what_transformers_reads(short_run):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -235,6 +235,7 @@ def test_the_box_reconstructs_held_out_clips_so_that_every_attribute_can_be_read
     assert np.mean([r.psnr for r in results]) > (32 if noise == 0 else 30)
 
 
+@pytest.mark.slow
 def test_latent_statistics_of_the_box_are_those_of_its_latents(box):
     config, params = box
     mean, std = autoencoder.latent_statistics(params, config, clips=32)  # as measured at its export

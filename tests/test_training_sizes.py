@@ -44,6 +44,7 @@ def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_on_two_sizes_compiles_two_steps_and_resumes_exactly(data, tmp_path):
     lines: list[str] = []
     train(run_of(data), tmp_path / "whole", print_line=lines.append)
