@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from helios_jax.config import TransformerConfig
@@ -15,6 +16,7 @@ from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
 from helios_jax.models.discriminator import _CONVOLUTIONS, Discriminator, Head, convolve
 from helios_jax.models.transformer import HeliosTransformer
+from helios_jax.training import dmd
 
 TINY = TransformerConfig(num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, text_dim=6,
                          freq_dim=8, ffn_dim=16, num_layers=4, rope_dim=(4, 2, 2))
@@ -101,6 +103,41 @@ def test_start_values_lie_where_pytorch_puts_them():
     for leaf in params.values():
         assert np.abs(leaf).max() <= bound
     np.testing.assert_allclose(np.std(params["kernel"]), bound / np.sqrt(3), rtol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("r1_weight", "lowest", "highest"), [(0.1, 0.0, 1.1), (100.0, 1.3, 1.5)])
+def test_heads_learn_plain_differences_unless_the_penalty_holds_them(r1_weight, lowest, highest):
+    """Noisy latents of mean 1 and spread 0.3 against mean 0 and spread 1. Chance is 2 log 2 = 1.386. The penalty's
+    weight of 100, beside the heads' of 0.01, is the original's."""
+    heads = Discriminator(16, 4, (0, 1))
+    params = heads.init(jax.random.key(0), 2, 2)
+    optimizer = optax.adam(5e-4, b1=0.0)
+
+    def logits(params, x):
+        return heads.apply(params, x, jnp.stack([x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]]))
+
+    @jax.jit
+    def step(params, state, key):
+        noise, clean, extra = jax.random.normal(key, (3, 4, 9, 8, 8, 2))
+        sigma = jax.random.uniform(jax.random.fold_in(key, 1), (4, 1, 1, 1, 1), minval=0.3, maxval=0.9)
+        fake, real = ((1 - sigma) * x + sigma * noise for x in (clean, 1 + 0.3 * clean))
+
+        def loss(params):
+            of_real = logits(params, real)
+            judged = dmd.head_loss(logits(params, fake), of_real)
+            penalty = dmd.r1_penalty(of_real, logits(params, real + 0.1 * extra))
+            return 0.01 * judged + r1_weight * penalty, judged
+
+        (_, judged), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, judged
+
+    state, losses = optimizer.init(params), []
+    for key in jax.random.split(jax.random.key(1), 40):
+        params, state, judged = step(params, state, key)
+        losses.append(float(judged))
+    assert lowest < np.mean(losses[-20:]) < highest
 
 
 def test_grids_that_vanish_in_the_heads_are_refused():
