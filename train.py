@@ -76,14 +76,21 @@ def _reason(error: Exception, argv: list[str]) -> str:
     """One line for whatever went wrong while flags and config file were read."""
     paths = [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))]
     paths += [after for a, after in zip(argv, argv[1:], strict=False) if a in ("--config", "-config")]
-    if isinstance(error, UserError):
-        return str(error)
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    mistakes = [cause for cause in causes if isinstance(cause, UserError)]
+    if mistakes:
+        return str(mistakes[-1])  # ml_collections raises another one of the same type, with the traceback as its message
     path = (paths or ["?"])[-1].partition(":")[0]
     if not os.path.isfile(path):
         return f"--config: no such file: {path}"
     near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
     if near:
         return f"--config: unknown key {near[2]!r}; did you mean {near[1]!r}?"
+    if "Error whilst parsing config file" in str(error):
+        error = causes[-1]
+        return f"{path}: cannot be read as a configuration ({type(error).__name__}: {' '.join(str(error).split())})"
     text = " ".join(str(error).split()) or type(error).__name__
     named = [a for a in argv if a.startswith("--config.") and text.strip("\"'") in a.split("=")[0].split(".")]
     if isinstance(error, (KeyError, AttributeError)) and named:

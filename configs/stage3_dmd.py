@@ -22,13 +22,14 @@ that helios_jax/training/stage3_dmd.py lists.
 
 from ml_collections import ConfigDict
 
+from helios_jax.errors import UserError
 from helios_jax.training.presets import original_run, transformer
 
 
 def get_config(which: str = "post") -> ConfigDict:
     part, _, size = which.partition("-")
     if part not in ("post", "gan"):
-        raise ValueError(f"part: 'post' or 'gan', got {part!r}")
+        raise UserError(f"--config: the part behind the colon is 'post' or 'gan', got {part!r}")
     size = size or "14b"
     layers = transformer(size)["num_layers"]
     optimizer = {"name": "adamw", "learning_rate": 2e-6, "b1": 0.0, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-3,

@@ -12,10 +12,12 @@ all attributes readable in all of them (docs/model_card.md).
 
 from ml_collections import ConfigDict
 
+from helios_jax.errors import UserError
+
 
 def get_config(stage: str = "images") -> ConfigDict:
     if stage not in ("images", "clips"):
-        raise ValueError(f"stage: 'images' or 'clips', got {stage!r}")
+        raise UserError(f"--config: the stage behind the colon is 'images' or 'clips', got {stage!r}")
     images = stage == "images"
     return ConfigDict({
         "objective": {

@@ -26,10 +26,12 @@ the logit-normal distribution visits in 1 of 70 samples. History corruption is t
 
 from ml_collections import ConfigDict
 
+from helios_jax.errors import UserError
+
 
 def get_config(stage: str = "square") -> ConfigDict:
     if stage not in ("square", "wide"):
-        raise ValueError(f"stage: 'square' or 'wide', got {stage!r}")
+        raise UserError(f"--config: the stage behind the colon is 'square' or 'wide', got {stage!r}")
     square = stage == "square"
     return ConfigDict({
         "objective": {

@@ -22,10 +22,12 @@ The two lower levels count twice: most of what this model has to learn anew is t
 
 from ml_collections import ConfigDict
 
+from helios_jax.errors import UserError
+
 
 def get_config(part: str = "first") -> ConfigDict:
     if part not in ("first", "history"):
-        raise ValueError(f"part: 'first' or 'history', got {part!r}")
+        raise UserError(f"--config: the part behind the colon is 'first' or 'history', got {part!r}")
     history = part == "history"
     return ConfigDict({
         "objective": {

@@ -22,10 +22,12 @@ guidance of 5 that Base is sampled with) gained up to step 300 and had lost it a
 
 from ml_collections import ConfigDict
 
+from helios_jax.errors import UserError
+
 
 def get_config(part: str = "dmd") -> ConfigDict:
     if part not in ("dmd", "gan"):
-        raise ValueError(f"part: 'dmd' or 'gan', got {part!r}")
+        raise UserError(f"--config: the part behind the colon is 'dmd' or 'gan', got {part!r}")
     gan = part == "gan"
     optimizer = {
         "name": "adamw", "learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 20, "b1": 0.0, "b2": 0.999,

@@ -87,6 +87,15 @@ def test_equal_scores_give_no_gradient_and_a_perfect_chunk_a_finite_one():
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("which", ["fake", "real"])
+def test_a_score_that_is_not_finite_reaches_the_loss(which, bad):
+    chunk, fake, real = (jnp.asarray(normal(1, 1, 2, 2, 2), jnp.float32) for _ in range(3))
+    scores = {"fake": fake, "real": real}
+    scores[which] = scores[which].at[0, 0, 0, 0, 0].set(bad)
+    assert not np.isfinite(dmd.matching_loss(chunk, **scores)[0])
+
+
 def test_flow_loss_and_its_gradient_equal_the_formulas_in_float64():
     velocity, chunk, noise = normal(2, 3, 2, 2, 2), normal(2, 3, 2, 2, 2), normal(2, 3, 2, 2, 2)
     inputs = [jnp.asarray(x, jnp.float32) for x in (velocity, chunk, noise)]

@@ -208,6 +208,9 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_overwritten(tmp_path):
     (["--config.objective.name=nothing_here"], "config.objective.name: one of"),
     (["--config", "configs/absent.py"], "no such file: configs/absent.py"),
     (["--config", "train.py"], "train.py: cannot be read as a configuration"),
+    (["--config", "configs/stage1_init.py:2b"], "error: --config: the size behind the colon is one of 14b, 3b, 1.3b"),
+    (["--config", "configs/stage3_dmd.py:1.3b"], "error: --config: the part behind the colon is 'post' or 'gan'"),
+    (["--config", "configs/tiny_stage3_ode.py:x"], "error: configs/tiny_stage3_ode.py: cannot be read as"),
     (["stray"], "unexpected argument: 'stray'"),
 ])
 def test_a_command_line_mistake_is_one_line(flags, message, capsys, tmp_path, monkeypatch):

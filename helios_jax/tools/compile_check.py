@@ -81,15 +81,22 @@ def load_values(config: str, changes: list[str]) -> dict[str, Any]:
       changes: ``field=value``; a value is a Python literal or else a string.
 
     Raises:
-      UserError: no such file; a change without "=" or into something that is no group.
+      UserError: no such file, or no configuration; a change without "=" or into something that is no group.
     """
     path, _, argument = config.partition(":")
     if not Path(path).is_file():
         raise UserError(f"--config: no such file: {path}")
     spec = importlib.util.spec_from_file_location("checked_config", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    values = (module.get_config(argument) if argument else module.get_config()).to_dict()
+    try:
+        spec.loader.exec_module(module)
+        values = (module.get_config(argument) if argument else module.get_config()).to_dict()
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"--config: {path}: cannot be read as a configuration ({type(error).__name__}: {text})"
+                        ) from error
     for change in changes:
         apply_change(values, change)
     return values

@@ -88,8 +88,9 @@ def matching_loss(chunk: jax.Array, fake: jax.Array, real: jax.Array) -> tuple[j
     """
     fixed, fake, real = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (chunk, fake, real))
     axes = tuple(range(1, chunk.ndim))
-    gradient = (fake - real) / jnp.abs(fixed - real).mean(axes, keepdims=True)
-    gradient = jnp.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)  # a chunk that equals r has no direction
+    distance = jnp.abs(fixed - real).mean(axes, keepdims=True)  # [B, 1, 1, 1, 1]
+    # A chunk that equals r has no direction. What is not finite stays so, and the turn is skipped and counted.
+    gradient = jnp.where(distance == 0, 0.0, (fake - real) / jnp.where(distance == 0, 1.0, distance))
     return 0.5 * jnp.mean(jnp.square(chunk - (fixed - gradient))), jnp.abs(gradient).mean()
 
 
