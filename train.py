@@ -81,7 +81,7 @@ def _reason(error: Exception, argv: list[str]) -> str:
         causes.append(cause)
     mistakes = [cause for cause in causes if isinstance(cause, UserError)]
     if mistakes:
-        return str(mistakes[-1])  # ml_collections raises another one of the same type, with the traceback as its message
+        return str(mistakes[-1])  # ml_collections raises it anew with the traceback as its message
     path = (paths or ["?"])[-1].partition(":")[0]
     if not os.path.isfile(path):
         return f"--config: no such file: {path}"

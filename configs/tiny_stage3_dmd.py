@@ -15,9 +15,10 @@ Result: runs/stage3_dmd/export, a distilled model for sample.py and for diffuser
 All parameters of the student are trained and their average is kept; the critic has adapters. gan adds small heads
 behind three blocks; latents of 8x16 are too small for a window, so the heads see them whole. The noise of the scores is
 shifted by 3 as in the training of Base, because the shift of this resolution (0.5) would leave out the noise levels at
-which background, place and direction are decided. Every level takes one step in training, so that the gradient always
-reaches the lowest level. Longer is not better: earlier runs from a weaker student (rate 4e-4, w = 4, which is the
-guidance of 5 that Base is sampled with) gained up to step 300 and had lost it all by step 700.
+which background, place and direction are decided. A level takes one step in training, so that the gradient always
+reaches the lowest one, but two where there is no history, as in sampling. Longer is not better: earlier runs from a
+weaker student (rate 4e-4, w = 4, which is the guidance of 5 that Base is sampled with) gained up to step 300 and had
+lost it all by step 700.
 """
 
 from ml_collections import ConfigDict

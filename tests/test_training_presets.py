@@ -134,13 +134,18 @@ def test_distillation_has_the_values_of_the_specification(part):
     run = parsed("stage3_dmd", part)
     objective, gan, corruption = run.objective, run.objective.gan, run.objective.corruption
     for optimizer, rate in ((run.optimizer, 2e-6), (objective.critic.optimizer, 4e-7)):
-        assert (optimizer.learning_rate, optimizer.b1, optimizer.b2, optimizer.eps) == (rate, 0.0, 0.999, 1e-8)
+        assert (optimizer.name, optimizer.learning_rate) == ("adamw", rate)
+        assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.0, 0.999, 1e-8)
         assert (optimizer.weight_decay, optimizer.weight_decay_on, optimizer.clip_norm) == (1e-3, "all", 1.0)
         assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 0)
     assert (run.seed, run.num_steps, run.checkpoint_every, run.ema_decay, run.ema_start_step) == (49, 10**6, 250, 0.99,
                                                                                                   750)
     assert (objective.lora.rank, objective.lora.targets) == (256, ("all-linear", *PATCHES))
     assert (objective.critic.lora.rank, objective.critic.lora.targets) == (256, ("all-linear",))
+    for lora in (objective.lora, objective.critic.lora):
+        assert (lora.scale, lora.full, lora.base_dtype) == (1.0, (), "bfloat16")
+    assert (objective.dtype, objective.negative_prompt, run.batch_size, run.keep_every) == ("bfloat16", "", 128, 250)
+    assert (objective.sample.steps, objective.sample.guidance) == (2, 1.0)
     for lora, millions in ((objective.lora, 1251.4), (objective.critic.lora, 1246.3)):
         weights = trained_weights(lora, HeliosTransformer(objective.transformer))
         trained = jax.tree.leaves(jax.eval_shape(weights.init, jax.random.key(0)))
@@ -154,9 +159,11 @@ def test_distillation_has_the_values_of_the_specification(part):
     mix = objective.task_mix
     assert (mix.t2v, mix.i2v, mix.v2v) == (0.4, 0.0, 0.5)
     assert corruption.mode == ("random" if part == "gan" else "noise") and corruption.noise_probability == 0.9
-    assert (corruption.clean_probability, corruption.ratio_long) == (0.1, 1 / 3)
+    assert corruption.clean_probability == corruption.saturation_clean_probability == 0.1
+    assert corruption.ratio_long == corruption.ratio_mid == corruption.ratio_short == 1 / 3
+    assert corruption.frame_independent
     assert corruption.saturation and (corruption.saturation_min, corruption.saturation_max) == (0.3, 1.7)
-    assert gan.width == (768 if part == "gan" else 0)
+    assert (gan.width, gan.groups) == (768 if part == "gan" else 0, 32)
     assert (gan.blocks, gan.start_step, gan.crop) == ((5, 15, 25, 35), 1000, 2)
     assert (gan.student_weight, gan.head_weight, gan.r1_weight, gan.r1_sigma) == (0.05, 0.01, 100.0, 0.1)
 

@@ -94,7 +94,7 @@ FROZEN = {"base": {"teacher": numbers(0.6, 0.4, -0.5, 1.1)},
 
 def config_of(**changes) -> Config:
     gan = GanConfig(width=8, groups=4, blocks=(0, 2), start_step=10, crop=2)
-    base = Config(data="", teacher="teacher", gan=gan,
+    base = Config(data="", init_from="student", teacher="teacher", gan=gan,
                   corruption=flow.CorruptionConfig(mode="random", saturation=True))
     return dataclasses.replace(base, **changes)
 
@@ -314,12 +314,14 @@ class Played(NamedTuple):
 
 @pytest.fixture(scope="module")
 def played() -> Played:
-    """Six steps in which the student plays every second and the critic every third time."""
+    """Six steps in which the student plays every second and the critic every third time; its average is a
+    copy up to the student's turn in step 2."""
     game = game_of(config_of(gan=GanConfig(width=8, groups=4, blocks=(0, 2), start_step=0, crop=2)))
     optimizer = OptimizerConfig(learning_rate=1e-2)
     players = (Player("student", ("student",), game.student_loss, optimizer, 2, averaged=True),
                Player("critic", ("critic", "heads"), game.critic_loss, optimizer, 3))
-    run = run_config({"objective": {"name": "stage1", "data": ""}, "batch_size": BATCH, "ema_decay": 0.9})
+    run = run_config({"objective": {"name": "stage1", "data": ""}, "batch_size": BATCH, "ema_decay": 0.9,
+                      "ema_start_step": 2, "num_steps": 5})
     optimizers = Optimizers(run, players, None)
     state = initial_state(jax.tree.map(jnp.asarray, PARAMS), optimizers, True, players)
     objective = Objective(lambda key: PARAMS, None, None, players=players)
@@ -355,6 +357,19 @@ def test_the_average_follows_the_student_alone_and_only_in_its_turns(played):
         assert same(before, after) == ("student" not in turns)
 
 
+def test_average_and_learning_rates_count_the_turns_of_their_player(played):
+    """A step of the run is not a turn: the student has 3 turns in 5 steps, the critic 2."""
+    averages = [state.ema["student"] for state in played.states]
+    own = [state.params["student"] for state in played.states]
+    assert same(averages[1], own[1]) and same(averages[3], own[3])  # turns 0 and 1
+    for name, average in averages[5].items():  # turn 2, one after the start: (1 + 1) / (10 + 1)
+        np.testing.assert_allclose(average, 2 / 11 * averages[4][name] + 9 / 11 * own[5][name], rtol=1e-6)
+    for name, every, turns in (("student", 2, 3), ("critic", 3, 2)):
+        for turn in range(turns):  # a cosine from 1e-2 to 0 over the player's turns
+            rate = 1e-2 * (1 + np.cos(np.pi * turn / turns)) / 2
+            np.testing.assert_allclose(played.metrics[every * turn][f"{name}/learning_rate"], rate, rtol=1e-6)
+
+
 def test_the_optimizer_of_the_heads_begins_with_their_first_gradient():
     """Adam's first update has the size of the learning rate, however many steps have gone by."""
     rate, start = 1e-2, 3
@@ -375,8 +390,7 @@ def test_the_optimizer_of_the_heads_begins_with_their_first_gradient():
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole():
     """One key per sample, and exits that the whole batch shares: accumulation changes rounding only."""
-    config = config_of()
-    game = game_of(config)
+    game = game_of(config_of(gan=GanConfig(width=8, groups=4, blocks=(0, 2), start_step=0, crop=2)))
     players = (Player("student", ("student",), game.student_loss, OptimizerConfig()),
                Player("critic", ("critic", "heads"), game.critic_loss, OptimizerConfig()))
     found = []
@@ -386,12 +400,14 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
         state = initial_state(jax.tree.map(jnp.asarray, PARAMS), optimizer, False, players)
         step = jax.jit(make_step(run, Objective(lambda key: PARAMS, None, None, players=players), optimizer))
         _, metrics = step(state, FROZEN, batch_of())
+        assert metrics["critic/heads"] > 0 and metrics["student/adversarial"] > 0
         found.append([float(metrics[name]) for name in sorted(metrics)])
     np.testing.assert_allclose(found[0], found[1], rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"teacher": ""}, "objective.teacher: required"), ({"student_every": 0}, "objective.student_every"),
+    ({"teacher": ""}, "objective.teacher: required"), ({"init_from": ""}, "objective.init_from: required"),
+    ({"student_every": 0}, "objective.student_every"),
     ({"timesteps": "logit_normal"}, "objective.timesteps: the critic's are 'uniform'"),
     ({"sample": flow.SampleConfig(guidance=2.0)}, "objective.sample.guidance: 1, as the student is not guided; got 2"),
     ({"negative_prompt": "blurred"}, "objective.negative_prompt: needs objective.model"),
@@ -420,6 +436,6 @@ def test_data_of_several_sizes_are_refused_in_one_line(tmp_path):
     transformer = {"num_attention_heads": 1, "attention_head_dim": 8, "rope_dim": (4, 2, 2), "in_channels": 2,
                    "out_channels": 2, "text_dim": 6, "freq_dim": 8, "ffn_dim": 8, "num_layers": 1}
     run = run_config({"objective": {"name": "stage3_dmd", "data": str(tmp_path), "teacher": "teacher",
-                                    "transformer": transformer}, "batch_size": 1})
+                                    "init_from": "student", "transformer": transformer}, "batch_size": 1})
     with pytest.raises(UserError, match="objective.data: this objective takes latents of one size, but .* holds 2"):
         build(run)

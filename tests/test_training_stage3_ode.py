@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jax
@@ -12,11 +13,14 @@ import pytest
 import train
 from helios_jax.config import TransformerConfig
 from helios_jax.convert.rules import abstract_params
+from helios_jax.data.pipeline import DATASET_FILE
+from helios_jax.data.random_latents import write_random_ode_pairs
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.errors import UserError
 from helios_jax.models.inputs import History
 from helios_jax.models.transformer import HeliosTransformer, TextRows
 from helios_jax.training import stage3_ode
+from helios_jax.training.config import run_config
 from helios_jax.training.flow import SampleConfig
 from helios_jax.training.stage3_ode import Config
 from helios_jax.training.weights import trained_weights
@@ -143,6 +147,30 @@ def test_gradients_reach_every_parameter_of_the_transformer():
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(UserError, match=message):
         Config(data="", **change)
+
+
+def test_held_out_trajectories_of_another_kind_are_refused_at_the_start(tmp_path):
+    sizes = {"clips": 1, "height": 8, "width": 8, "channels": C, "text_rows": ROWS, "text_dim": D}
+    write_random_ode_pairs(tmp_path / "data", sections=2, **sizes)
+
+    def refusal(folder: str) -> str:
+        transformer = {"num_attention_heads": 1, "attention_head_dim": 8, "rope_dim": (4, 2, 2), "in_channels": C,
+                       "out_channels": C, "text_dim": D, "freq_dim": 8, "ffn_dim": 8, "num_layers": 1}
+        run = run_config({"batch_size": 1, "objective": {
+            "name": "stage3_ode", "data": str(tmp_path / "data"), "sections": 2, "transformer": transformer,
+            "validation": {"items": 1, "batch_size": 1, "data": str(tmp_path / folder)}}})
+        with pytest.raises(UserError) as error:
+            stage3_ode.build(run)
+        return str(error.value)
+
+    write_random_ode_pairs(tmp_path / "short", sections=1, **sizes)
+    assert refusal("short").startswith("objective.sections: at most the 1 of ")
+    for field, value in (("shift_from", "previous"), ("gamma", 0.5), ("stage_range", [0.0, 0.5, 1.0])):
+        write_random_ode_pairs(tmp_path / field, sections=2, **sizes)
+        described = tmp_path / field / DATASET_FILE
+        described.write_text(json.dumps(json.loads(described.read_text()) | {field: value}))
+        line = refusal(field)
+        assert line.startswith("objective.validation.data: ") and f"was sampled with {field}=" in line
 
 
 # --- Configurations --------------------------------------------------------------------------------------------------

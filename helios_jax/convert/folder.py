@@ -124,12 +124,21 @@ def read_model_folder(root: str | Path) -> ModelFolder:
     if isinstance(name, str) and name.startswith("Wan"):
         raise UserError(f"{root}: is a Wan model ({name!r}); make a Helios model of it with "
                         "python -m helios_jax.convert --from-wan")
-    index = _read(ModelIndex.from_dict, root / "model_index.json")
+    index = read_index(root)
     configs = {c: _read(cls.from_dict, root / c / "config.json") for c, cls in CONFIG_CLASSES.items()}
     scheduler = _read(lambda values: SchedulerConfig.from_dict(values | {"class_name": index.scheduler_class}),
                       root / "scheduler" / "scheduler_config.json")
     kind = "orbax" if (root / "transformer" / ORBAX_FOLDER).is_dir() else "diffusers"
     return ModelFolder(root=root, format=kind, index=index, scheduler=scheduler, **configs)
+
+
+def read_index(root: str | Path) -> ModelIndex:
+    """What ``model_index.json`` says.
+
+    Raises:
+      UserError: the file is missing or its values are not supported.
+    """
+    return _read(ModelIndex.from_dict, Path(root) / "model_index.json")
 
 
 def read_component_config(folder: str | Path, component: str) -> Config:

@@ -13,7 +13,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from helios_jax.errors import UserError
 from helios_jax.sharding import MeshConfig
@@ -35,6 +35,8 @@ class OptimizerConfig:
     parameter, as the original does. ``final_fraction`` is the learning rate at the end of the cosine, relative to
     the peak. ``clip_norm`` 0 switches clipping off.
     """
+
+    USUAL_PLACE: ClassVar[str] = "optimizer"
 
     name: str = "adamw"
     learning_rate: float = 1e-3
@@ -169,7 +171,14 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "config"
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         require(not required or name in values, f"{prefix}.{name}: required key is missing")
-    return cls(**{key: _convert(annotations[key], value, f"{prefix}.{key}") for key, value in values.items()})
+    converted = {key: _convert(annotations[key], value, f"{prefix}.{key}") for key, value in values.items()}
+    try:
+        return cls(**converted)
+    except UserError as error:  # a kind of group that stands in several places names the usual one
+        usual = getattr(cls, "USUAL_PLACE", None)
+        if usual is None or not str(error).startswith(usual):
+            raise
+        raise UserError(prefix.removeprefix("config.") + str(error).removeprefix(usual)) from None
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:

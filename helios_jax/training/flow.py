@@ -378,14 +378,14 @@ class Data(NamedTuple):
 
     folder: the records that validation and samples are like; of several sizes, the most frequent one.
     text_rows: of the longest caption of all sizes.
-    item: makes a training item of one of the folder's records.
+    items: of a folder of such data, what makes a training item of one of its records.
     dataset: the batches.
     frozen: arrays for the loss.
     """
 
     folder: LatentFolder
     text_rows: int
-    item: MakeItem
+    items: Callable[[LatentFolder], MakeItem]
     dataset: grain.IterDataset
     frozen: PyTree
 
@@ -401,7 +401,7 @@ def latent_data(run: RunConfig, layout: HistoryLayout) -> Data:
     folder, text_rows = most_frequent(folders), max(size.text_rows for size in folders.values())
     rows, length = folder.empty_prompt(text_rows)
     dataset = bucketed_dataset(folder_buckets(config.data), run.batch_size, run.seed, layout, threads=config.threads)
-    return Data(folder, text_rows, latent_items(layout, text_rows), dataset,
+    return Data(folder, text_rows, lambda _: latent_items(layout, text_rows), dataset,
                 {"empty": {"text": rows, "text_length": np.int32(length)}})
 
 
@@ -448,7 +448,7 @@ def build(run: RunConfig,
     if config.validation.items:
         require(errors is not None, "objective.validation.items: this objective has no loss to measure, so 0 is "
                 f"allowed, got {config.validation.items}")
-        validation_loss = ValidationLoss(config.validation, folder, data.text_rows, data.item, errors, config.entries,
+        validation_loss = ValidationLoss(config.validation, folder, data.text_rows, data.items, errors, config.entries,
                                          data.frozen)
         measures.append(lambda params: validation_loss(params, loaded_base()))
 

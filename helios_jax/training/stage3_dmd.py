@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.config import ModelIndex, SchedulerConfig
+from helios_jax.convert.folder import read_index
 from helios_jax.data.buckets import latent_folders
 from helios_jax.data.encoders import text_encoder
 from helios_jax.diffusion.few_step import renoise, sigma_at, student_scheduler, x0
@@ -138,6 +140,7 @@ class Config(FlowConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require(bool(self.init_from), "objective.init_from: required, the model folder that the student starts from")
         require(bool(self.teacher), "objective.teacher: required, the model folder of the Base model")
         require(self.timesteps == "uniform", f"objective.timesteps: the critic's are 'uniform', got {self.timesteps!r}")
         require(self.student_every > 0, f"objective.student_every: must be positive, got {self.student_every}")
@@ -352,8 +355,9 @@ def build(run: RunConfig) -> Objective:
     require(len(folders) == 1, f"objective.data: this objective takes latents of one size, but {config.data} holds "
             f"{len(folders)}; name the folder of one of them")
     folder = folders.popitem()[1]
-    own, critic = (_network(one, lora) for one, lora in (
-        (config, config.lora), (flow.as_stored(config, config.teacher), config.critic.lora)))
+    _check_teacher(config.teacher)
+    own = _network(config, config.lora, "objective.lora")
+    critic = _network(flow.as_stored(config, config.teacher), config.critic.lora, "objective.critic.lora")
     game = Game(config, HistoryLayout(), own, critic, (folder.height, folder.width, folder.channels))
     teacher, load_critic = flow.start_values(config.teacher, "objective.teacher", config.critic.lora, critic.weights,
                                              critic.model.config, run.seed)
@@ -379,9 +383,16 @@ def build(run: RunConfig) -> Objective:
         sample=of_student(student.sample), evaluate=of_student(student.evaluate), export=of_student(student.export))
 
 
-def _network(config: Config, lora: LoraConfig) -> Network:
+def _check_teacher(folder: str) -> None:
+    """A model of a pyramid has learned other noise levels than the scores ask for, in the same architecture."""
+    if (Path(folder) / "model_index.json").is_file():  # a missing folder is reported when its weights are read
+        variant = read_index(folder).variant
+        require(variant == "base", f"objective.teacher: a Base model expected, {folder} is {variant}")
+
+
+def _network(config: Config, lora: LoraConfig, field: str) -> Network:
     model = flow.transformer(config)
-    return Network(model, trained_weights(lora, model))
+    return Network(model, trained_weights(lora, model, field))
 
 
 def _load_params(makers: dict[str, Callable], loaders: dict[str, Callable | None], seed: int

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from helios_jax.config import ModelIndex
 from helios_jax.data.ode_records import OdeFolder, ode_items
-from helios_jax.data.pipeline import record_dataset
+from helios_jax.data.pipeline import MakeItem, record_dataset
 from helios_jax.diffusion.few_step import student_scheduler, x0
 from helios_jax.diffusion.history import HistoryLayout
 from helios_jax.models.transformer import HeliosTransformer
@@ -109,9 +109,15 @@ def build(run: RunConfig) -> Objective:
             f"objective.levels: {config.data} has {len(folder.stage_range) - 1}, got {config.levels}")
 
     def make_data(run: RunConfig, layout: HistoryLayout) -> Data:
-        item = ode_items(folder, layout, config.sections)
-        dataset = record_dataset(folder, item, run.batch_size, run.seed, config.threads)
-        return Data(folder, folder.text_rows, item, dataset, {})
+        def items(one: OdeFolder) -> MakeItem:
+            for field in ("stage_range", "gamma", "shift_from"):
+                wanted, found = getattr(folder, field), getattr(one, field)
+                require(found == wanted, f"objective.validation.data: {one.root} was sampled with {field}={found}, the "
+                        f"training data with {wanted}")
+            return ode_items(one, layout, config.sections)
+
+        dataset = record_dataset(folder, items(folder), run.batch_size, run.seed, config.threads)
+        return Data(folder, folder.text_rows, items, dataset, {})
 
     index = ModelIndex("HeliosPyramidPipeline", "HeliosDMDScheduler", is_distilled=True)
     scheduler = student_scheduler(config.levels, folder.stage_range, folder.gamma)

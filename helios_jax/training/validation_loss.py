@@ -7,6 +7,7 @@ held-out records) shows.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -71,7 +72,7 @@ class ValidationLoss:
       config: which ones.
       training: the most frequent size of the training data.
       text_rows: of the training data's longest caption.
-      item: makes a training item of a record.
+      items: of a folder, what makes a training item of one of its records.
       errors: of the objective.
       levels: pyramid level of every entry.
       frozen: what the errors are given besides the base.
@@ -80,12 +81,13 @@ class ValidationLoss:
       UserError: the validation data are missing or of another shape than the training data.
     """
 
-    def __init__(self, config: ValidationConfig, training: LatentFolder, text_rows: int, item: MakeItem,
-                 errors: ErrorFunction, levels: tuple[int, ...], frozen: PyTree):
+    def __init__(self, config: ValidationConfig, training: LatentFolder, text_rows: int,
+                 items: Callable[[LatentFolder], MakeItem], errors: ErrorFunction, levels: tuple[int, ...],
+                 frozen: PyTree):
         folder = _same_size(config.data, training) if config.data else training
         require(folder.text_rows <= text_rows, f"objective.validation.data: {config.data} has captions of "
                 f"{folder.text_rows} rows, the training data have {text_rows} at most")
-        self._config, self._item, self._levels, self._frozen = config, item, levels, frozen
+        self._config, self._item, self._levels, self._frozen = config, items(folder), levels, frozen
         self._source, self._partition = folder.source(), sharding.current()
 
         def run(params: PyTree, frozen: PyTree, batch: dict[str, jax.Array], indices: jax.Array) -> Errors:

@@ -15,7 +15,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ class LoraConfig:
       base_dtype: 'bfloat16' or 'float32', in which the fixed parameters are kept (those that a half-precision model
         keeps in float32 stay so).
     """
+
+    USUAL_PLACE: ClassVar[str] = "objective.lora"
 
     rank: int = 0
     alpha: float = 0.0
@@ -123,17 +125,18 @@ class LoraTraining:
     Args:
       config: with a positive rank.
       model: the transformer.
+      field: of the configuration, for errors.
 
     Raises:
       UserError: a pattern that matches nothing, or only some layers of a stack; a module in both lists.
     """
 
-    def __init__(self, config: LoraConfig, model: HeliosTransformer):
+    def __init__(self, config: LoraConfig, model: HeliosTransformer, field: str = LoraConfig.USUAL_PLACE):
         self.config, self._model = config, model
-        self._targets = _selected(config.targets, model.config, "targets")
-        self._full = _selected(config.full, model.config, "full")
+        self._targets = _selected(config.targets, model.config, f"{field}.targets")
+        self._full = _selected(config.full, model.config, f"{field}.full", biases=True)
         both = {leaf.path[:-1] for leaf in self._targets} & {leaf.path[:-1] for leaf in self._full}
-        require(not both, f"objective.lora.full: {'/'.join(min(both, default=()))} is among the targets, too; a module "
+        require(not both, f"{field}.full: {'/'.join(min(both, default=()))} is among the targets, too; a module "
                 "has an adapter or is trained whole")
 
     def init(self, key: jax.Array) -> PyTree:
@@ -208,9 +211,10 @@ class LoraTraining:
             write_safetensors(folder / PARTIAL_FILE, tensors)
 
 
-def trained_weights(config: LoraConfig, model: HeliosTransformer) -> TrainedWeights:
-    """The kind of training that a configuration asks for."""
-    return LoraTraining(config, model) if config.rank else FullTraining(model)
+def trained_weights(config: LoraConfig, model: HeliosTransformer, field: str = LoraConfig.USUAL_PLACE
+                    ) -> TrainedWeights:
+    """The kind of training that a configuration asks for; arguments as of :class:`LoraTraining`."""
+    return LoraTraining(config, model, field) if config.rank else FullTraining(model)
 
 
 def _module_name(name: str) -> str:
@@ -223,12 +227,13 @@ def _matches(pattern: str, module: str, layout: Layout) -> bool:
     return module == pattern or module.endswith(f".{pattern}") or re.fullmatch(pattern, module) is not None
 
 
-def _selected(patterns: tuple[str, ...], transformer: TransformerConfig, field: str) -> tuple[Leaf, ...]:
-    """The leaves that patterns select: kernels for "targets", kernels and biases for "full"."""
+def _selected(patterns: tuple[str, ...], transformer: TransformerConfig, field: str, biases: bool = False
+              ) -> tuple[Leaf, ...]:
+    """The kernels, and the biases if asked for, that the patterns of a field of the configuration select."""
     candidates = []  # (leaf, [(module, layout) per layer])
     for leaf in leaves("transformer", transformer):
         layout = leaf.tensors[0].layout
-        if layout in (Layout.LINEAR, Layout.CONV) or (field == "full" and leaf.path[-1] == "bias"):
+        if layout in (Layout.LINEAR, Layout.CONV) or (biases and leaf.path[-1] == "bias"):
             candidates.append((leaf, layout, [_module_name(rule.name) for rule in leaf.tensors]))
     chosen: dict[tuple[str, ...], Leaf] = {}
     for pattern in patterns:
@@ -237,7 +242,7 @@ def _selected(patterns: tuple[str, ...], transformer: TransformerConfig, field: 
             matched = [_matches(pattern, module, layout) for module in modules]
             if any(matched):
                 found = True
-                require(all(matched), f"objective.lora.{field}: {pattern!r} matches {sum(matched)} of {len(matched)} "
+                require(all(matched), f"{field}: {pattern!r} matches {sum(matched)} of {len(matched)} "
                         f"layers of {'/'.join(leaf.path[:-1])}; all or none can be trained")
                 chosen[leaf.path] = leaf
         if not found:
@@ -245,5 +250,5 @@ def _selected(patterns: tuple[str, ...], transformer: TransformerConfig, field: 
                             for name in (module, module.split(".")[-1])})
             near = difflib.get_close_matches(pattern, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; 'patch_short', 'to_q' and {ALL_LINEAR!r} would"
-            raise UserError(f"objective.lora.{field}: {pattern!r} matches no module of this transformer{hint}")
+            raise UserError(f"{field}: {pattern!r} matches no module of this transformer{hint}")
     return tuple(chosen[leaf.path] for leaf in leaves("transformer", transformer) if leaf.path in chosen)
