@@ -128,12 +128,24 @@ def make_parts(rows: list[Row], out: Path, arguments: argparse.Namespace) -> Non
 
 
 def summary(row: Row, out: Path, seeds: int) -> dict[str, Any]:
-    """One row of the table from the files in ``out``; what is missing there is None."""
+    """One row of the table from the files in ``out``; what is missing there is None.
+
+    Raises:
+      UserError: a file is of another model or schedule.
+    """
     def part(kind: str) -> dict[str, Any] | None:
         path = out / f"{row.slug}.{kind}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    short, long, timed = [part(f"seed{seed}") for seed in range(seeds)], part("long"), part("time") or {}
+    def judged(kind: str) -> dict[str, Any] | None:
+        found = part(kind)
+        made = found and (found["model"], ",".join(map(str, found["steps"])) if found["steps"] else None)
+        if found and made != (row.model, row.steps):
+            wanted, was = (f"{model} with steps {steps or 'of the model'}" for model, steps in (row[1:], made))
+            raise UserError(f"--row: {row.name} is {wanted}, but {out / row.slug}.{kind}.json was made of {was}")
+        return found
+
+    short, long, timed = [judged(f"seed{seed}") for seed in range(seeds)], judged("long"), part("time") or {}
     there = [one for one in short if one]
     videos = sum(one["videos"] for one in there)
     right = round(sum(one["right_in_all"] * one["videos"] for one in there))

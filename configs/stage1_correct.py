@@ -11,7 +11,7 @@ The original's file does not do this: its blur stops with an error, and its satu
 The same keys work in stage 2: --config.objective.task_mix.i2v=0.1 and those of objective.corruption.
 
 Sizes: 14b (default), 3b, 1.3b. Hardware: as configs/stage1_init.py. Global batch 128.
-Time: not measured here; per step modelled as in configs/stage1_init.py.
+Time: not measured here; per step modelled as in configs/stage1_init.py, and ended as there.
 Result: runs/stage1_correct/export after the last step.
 """
 

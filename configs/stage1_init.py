@@ -12,7 +12,8 @@ Hardware: the original used 64 accelerators of 80 GB with two samples each; the 
 hold the 14b run as it stands; other slices and meshes: docs/pods.md.
 Time: not measured here (its authors: 2 to 3 days for both runs of stage 1). Modelled for 64 chips of v5p: 9.3 s per
 step, with matrix products at 0.6 of the peak and communication behind them; 14 hours for the 5500 steps that a user of
-the original reports. Stop it with SIGTERM when the validation loss no longer falls, or set --config.num_steps.
+the original reports. End it when the validation loss no longer falls: stop it with SIGTERM and start it again with
+--config.num_steps=N, N being the step that it reached, which writes the export.
 Result: runs/stage1_init/export after the last step.
 
 LoRA of rank 128 on every Linear layer and on patch_embedding; the history convolutions are trained whole. Different

@@ -5,8 +5,8 @@
 It continues from runs/stage1_init/export with fresh adapters, a fresh optimizer and step 0.
 Sizes: 14b (default), 3b, 1.3b.
 Data, hardware and deliberate differences: see configs/stage1_init.py. Global batch 128.
-Time: not measured here; per step modelled as in configs/stage1_init.py. Stop it with SIGTERM or set
---config.num_steps; the original does not say how long it ran.
+Time: not measured here; per step modelled as in configs/stage1_init.py, and ended as there; the original does not say
+how long it ran.
 Result: runs/stage1_post/export after the last step, the adapters by themselves in its folder lora/.
 """
 

@@ -7,9 +7,9 @@ It continues from runs/stage1_post/export; for the published model, --config.obj
 Sizes: 14b (default), 3b, 1.3b.
 Data: data/latents, 384x640 (levels of 12x20, 24x40 and 48x80 latents).
 Hardware: the original used 64 accelerators of 80 GB with one sample each; the global batch is 64.
-Time: not measured here (its authors: 3 to 4 days for both runs of stage 2). Modelled for 64 chips of v5p: 8.9 s per
+Time: not measured here (its authors: 3 to 4 days for both runs of stage 2). Modelled for 64 chips of v5p: 8.7 s per
 step, with matrix products at 0.6 of the peak and communication behind them; 28 hours for 11500 steps, at which the
-original's schedule was changed by hand. Stop it with SIGTERM or set --config.num_steps.
+original's schedule was changed by hand. Ended as in configs/stage1_init.py.
 Result: runs/stage2_init/export after the last step, a Mid model (pyramid pipeline with CFG-Zero*).
 
 LoRA of rank 256 on every Linear layer, warm-up of 1000 steps. In the first hundreds of steps samples show meaningless

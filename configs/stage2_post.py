@@ -5,8 +5,8 @@
 It continues from runs/stage2_init/export with fresh adapters, a fresh optimizer and step 0.
 Sizes: 14b (default), 3b, 1.3b.
 Data, hardware and deliberate differences: see configs/stage2_init.py. Global batch 64.
-Time: not measured here; modelled as in configs/stage2_init.py 7.3 s per step. Stop it with SIGTERM or set
---config.num_steps.
+Time: not measured here; a step has one pass of the middle level less than one of configs/stage2_init.py. Ended as in
+configs/stage1_init.py.
 Result: runs/stage2_post/export after the last step.
 
 LoRA of rank 256 on every Linear layer and on all four patch convolutions, warm-up of 500 steps.

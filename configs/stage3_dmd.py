@@ -10,8 +10,9 @@ Teacher and critic are runs/stage1_post/export. Other sizes than 14b: post-3b, p
 stand behind blocks 5, 15 and 25.
 Data: as for configs/stage1_init.py; only gan looks at the chunk itself, post at history and caption.
 Hardware: as for configs/stage1_init.py; two frozen transformers, their adapters, and 1 G parameters of heads.
-Time: not measured here. Stop it with SIGTERM or set --config.num_steps; a step is one of the critic, every fifth also
-one of the student. The original's example names 2500 steps of the one and 2000 of the other.
+Time: not measured here. Modelled for 64 chips of v5p (docs/pods.md): 18.1 s for the critic's turn, which every step
+has, 26.6 s for the student's, which every fifth has besides. The original's example names 2500 steps of post and 2000
+of gan. Ended as in configs/stage1_init.py.
 Result: the student, runs/stage3_gan/export after the last step, a model that is sampled as Distilled.
 
 Differences from the original: the global batch is 128, the number of devices that its authors are said to have used

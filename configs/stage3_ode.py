@@ -9,7 +9,7 @@ Sizes: 14b (default), 3b, 1.3b.
 Data: one record of 47 MiB per prompt at 384x640; the authors name about 100 000. The tool runs the transformer 321
 times for the five sections of a prompt, each time with and without the prompt.
 Hardware: as for configs/stage2_init.py; a step holds nine passes of the model per record.
-Time: not measured here. Stop it with SIGTERM or set --config.num_steps.
+Time: not measured here. Ended as in configs/stage1_init.py.
 Result: runs/stage3_ode/export after the last step, a model that is sampled as Distilled.
 
 LoRA of rank 256 on every Linear layer and on the three history convolutions. Differences from the original: the global

@@ -13,11 +13,13 @@ object was. Their part of the loss is small, and what history tells is a small p
 from the first (runs/stage2/export) with weights that make the levels' losses alike, and more and cleaner histories.
 
 Hardware: any CPU of two cores with 4 GB of memory, or one GPU or TPU chip.
-Time: 1.2 s per step on two cores of an Intel Xeon, with five noisy versions of each of 8 samples; history 1.35 s.
+Time: 1.2 s per step on two cores of an Intel Xeon, with five noisy versions of each of 8 samples; history,
+  with six, 1.35 s.
 Result: runs/stage2_history/export, a Mid model for sample.py and for diffusers (HeliosPyramidPipeline with CFG-Zero*).
 
 As in configs/tiny_stage1.py all parameters are trained, their average is kept and a tenth of the captions is empty.
-The two lower levels count twice: most of what this model has to learn anew is there, and their tokens are few.
+In the first run the two lower levels count twice: most of what this model has to learn anew is there, and their tokens
+are few.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,7 @@ It starts from the result of configs/tiny_stage2.py:history; for another Mid mod
 that samplers use (the original trains on another one, see docs/training.md).
 
 Hardware: any CPU of two cores with 4 GB of memory, or one GPU or TPU chip.
-Time: 13 minutes of two processor cores for the pairs; 1.3 s per step, 26 minutes, for the training.
+Time: 14 minutes of two processor cores for the pairs; 1.3 s per step, 27 minutes, for the training.
 Result: runs/stage3_ode/export, a distilled model for sample.py and for diffusers (HeliosPyramidPipeline).
 
 All parameters are trained and their average is kept. The levels' weights make their losses alike, as in

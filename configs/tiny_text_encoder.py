@@ -2,6 +2,10 @@
 
   python train.py --config configs/tiny_text_encoder.py --workdir runs/text_encoder
   cp -r runs/text_encoder/export/* assets/helios-tiny/
+
+Hardware: any CPU of two cores.
+Time: 37 minutes on two cores of an AMD Zen 5 that others used too, of them 6 of processor time.
+Result: runs/text_encoder/export, which holds text_encoder/ and tokenizer/.
 """
 
 from ml_collections import ConfigDict

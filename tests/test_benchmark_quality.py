@@ -26,7 +26,8 @@ class StandIn:
         if self.code == 0:
             given = dict(zip(flags[::2], flags[1::2], strict=True))
             is_long, seed = "long" in given["--prompts"], int(given["--seed_offset"]) // 1000
-            report = {"right_in_all": 0.9, "videos": 20 if is_long else 200,
+            steps = [int(n) for n in given["--steps"].split(",")] if "--steps" in given else None
+            report = {"model": given["--model"], "steps": steps, "right_in_all": 0.9, "videos": 20 if is_long else 200,
                       "kept_to_the_end": {"all": 19, "of": 20},
                       "plain_numbers": {"motion_px_per_frame": 1.5 + seed, "coherence": 0.98, "colour_drift": 1.0,
                                         "seam_jump": 2}}
@@ -85,6 +86,13 @@ def test_a_report_makes_nothing_and_says_what_is_missing(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main("--row", "Base=somewhere", "--out", tmp_path / "empty", "--report") == 0
     assert "| Base | -, -, - |" in capsys.readouterr().out and not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("row", ["Base=somewhere:2", "Base=elsewhere"])
+def test_a_part_of_another_model_or_schedule_is_refused(row, run, tmp_path, capsys):
+    assert main("--row", "Base=somewhere", "--out", tmp_path / "out") == 0
+    assert main("--row", row, "--out", tmp_path / "out", "--report") == 2
+    assert "base.seed0.json was made of somewhere with steps of the model" in capsys.readouterr().err
 
 
 def test_a_report_of_a_folder_that_is_not_there_is_one_line(run, tmp_path, capsys):

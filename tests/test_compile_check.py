@@ -127,6 +127,10 @@ def test_changes_are_literals_or_strings_and_reach_any_depth():
                             ("accumulate.x=1", "'accumulate' in 'accumulate.x' is no group")):
         with pytest.raises(UserError, match=message):
             apply_change(values, change)
+    for config, message in (("stage1_init.py:2b", "^--config: the size behind the colon is one of 14b, 3b, 1.3b, got"),
+                            ("tiny_stage3_ode.py:x", "^--config: .*tiny_stage3_ode.py: cannot be read as a conf")):
+        with pytest.raises(UserError, match=message):
+            load_values(str(ROOT / "configs" / config), [])
     with pytest.raises(UserError, match="--config: no such file: configs/absent.py"):
         load_values("configs/absent.py", [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import training_toy
 import training_toy_config
 
 from helios_jax.errors import UserError
@@ -170,6 +172,19 @@ def test_a_constant_rate_may_be_trained_longer(tmp_path):
     assert train(toy_run(num_steps=20, optimizer=constant), tmp_path / "parts", print_line=quiet).step == 20
     train(toy_run(num_steps=20, optimizer=constant), tmp_path / "whole", print_line=quiet)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("num_steps", [10, 4])
+def test_a_run_that_is_given_no_more_steps_than_it_has_made_is_only_exported(num_steps, tmp_path, monkeypatch):
+    constant, exported, build = {"schedule": "constant"}, [], training_toy.build
+    train(toy_run(num_steps=10, optimizer=constant), tmp_path, print_line=quiet)
+    before = read_params(tmp_path)
+    monkeypatch.setattr(training_toy, "build", lambda run: dataclasses.replace(
+        build(run), export=lambda params, folder: exported.append((params, folder))))
+    assert train(toy_run(num_steps=num_steps, optimizer=constant), tmp_path, print_line=quiet).step == 10
+    ((params, folder),) = exported
+    assert folder == str(tmp_path / "export")
+    jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
 def test_a_run_may_be_longer_only_where_the_rates_of_all_players_are_constant(tmp_path):
