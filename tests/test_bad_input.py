@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import training_toy_config
 
 from helios_jax.data.buckets import bucketed_dataset, folder_buckets
 from helios_jax.data.random_latents import write_random_latents
+from helios_jax.data.writing import record_file
 from helios_jax.errors import UserError
 from helios_jax.training.config import run_config
 from helios_jax.training.loop import train
@@ -79,6 +82,43 @@ def test_a_configuration_changed_in_two_places_is_refused_with_both(finished):
 def test_a_damaged_configuration_file_is_refused(finished):
     (finished / "config.json").write_text('{"seed": 3')
     assert_refused(toy_run(), finished, "config.json: cannot be read")
+
+
+def test_a_start_that_fails_does_not_tie_the_folder_to_its_settings(tmp_path):
+    with pytest.raises(UserError, match="mesh"):
+        train(toy_run(mesh={"data": 64}, ema_decay=0.5), tmp_path / "run", print_line=quiet)
+    assert not (tmp_path / "run").exists()
+    assert train(toy_run(), tmp_path / "run", print_line=quiet).step == 4
+
+
+def test_a_file_in_place_of_the_checkpoints_is_refused(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints is a file"):
+        train(toy_run(), tmp_path, print_line=quiet)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate: a finite number expected, got inf"),
+    ({"ema_decay": float("nan")}, "ema_decay: a finite number expected, got nan"),
+    ({"seed": 2**32}, "seed: below 2.32, got 4294967296"),
+])
+def test_numbers_that_cannot_be_meant_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        toy_run(**change)
+
+
+@pytest.mark.parametrize("full_at", [0, 100_000])
+def test_a_full_disk_leaves_no_part_of_a_record_file(full_at, tmp_path):
+    """The limit on a file's size stands for the disk; the signal that comes with it is ignored by Python."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full_at, hard))
+    try:
+        with pytest.raises(OSError, match="."), record_file(tmp_path / "a.array_record") as writer:
+            for _ in range(64):
+                writer.write(np.random.default_rng(0).bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_corrupt_record_is_named_when_it_is_read(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -32,6 +34,9 @@ def test_moving_videos_stand_side_by_side_and_empty_places_are_white():
 
 @pytest.mark.parametrize(("flags", "message"), [
     (("--output", "sheet.bmp"), "--output: a name that ends in .png, .gif or .mp4, got 'sheet.bmp'"),
+    (("--output", "/"), "--output: a name that ends in .png, .gif or .mp4, got '/'"),
+    (("--output", "README.md/sheet.png"), f"--output: {Path('README.md/sheet.png').absolute()} cannot be written"),
+    (("--output", "sheet.png", "--model", "box:a"), "--model: FOLDER or FOLDER:STEPS expected, got 'box:a'"),
     (("--output", "sheet.png", "--columns", "0"), "--columns: must be positive, got 0")])
 def test_wrong_flags_are_one_clear_line(flags, message, capsys):
     with pytest.raises(SystemExit) as end:

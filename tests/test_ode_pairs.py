@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from helios_jax.config import SchedulerConfig
 from helios_jax.data.ode_records import OdeFolder, OdeRecord, decode_ode_record, encode_ode_record, ode_item, ode_items
 from helios_jax.data.random_latents import write_random_latents
 from helios_jax.diffusion import pyramid, solvers
@@ -123,6 +125,20 @@ def test_kills_and_workers_do_not_change_the_records(sampler, pairs, tmp_path):
         write(sampler, tmp_path, identity="other")
 
 
+def test_a_record_file_that_has_vanished_is_made_again(sampler, pairs, tmp_path):
+    shutil.copytree(pairs[0], tmp_path / "copy")
+    whole = records(pairs[0])
+    next((tmp_path / "copy").glob("*.array_record")).unlink()
+    assert write(sampler, tmp_path / "copy") and records(tmp_path / "copy") == whole
+
+
+@pytest.mark.parametrize(("steps", "few_steps"), [(100, 64), (20, 5000)])
+def test_points_that_share_a_sigma_with_a_step_are_refused(steps, few_steps):
+    with pytest.raises(UserError, match=f"few_steps: {few_steps} points a level lie too close to the teacher's "):
+        trajectory_schedule(SchedulerConfig(use_dynamic_shifting=True), steps, few_steps, frames=9, height=8, width=8,
+                            stage=0)
+
+
 def test_serialised_records_come_back(pairs):
     record = pairs[1][0]
     again = decode_ode_record(encode_ode_record(record))
@@ -183,6 +199,7 @@ def test_prompts_are_the_lines_of_a_file_or_the_captions_of_records(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     ({"batch": 3}, "batch: must divide prompts_per_file 2"), ({"shift_from": "next"}, "shift_from: one of own"),
     ({"steps": 0}, "steps: must be a whole number"), ({"seed": -1}, "seed: must be"),
+    ({"guidance": float("nan")}, "guidance: a finite number of at least 0, got nan"),
 ])
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(UserError, match=message):

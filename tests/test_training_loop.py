@@ -189,7 +189,7 @@ def test_a_run_that_is_given_no_more_steps_than_it_has_made_is_only_exported(num
 
 def test_a_run_may_be_longer_only_where_the_rates_of_all_players_are_constant(tmp_path):
     def run(num_steps: int, critic: str):
-        return run_config({"objective": {"name": "stage3_dmd", "data": "", "teacher": "teacher",
+        return run_config({"objective": {"name": "stage3_dmd", "data": "", "init_from": "a", "teacher": "b",
                                          "critic": {"optimizer": {"schedule": critic}}},
                            "batch_size": 1, "num_steps": num_steps, "optimizer": {"schedule": "constant"}})
 

@@ -62,6 +62,14 @@ class BuildConfig:
         for field in ("height", "width"):
             if getattr(self, field) % 16:
                 raise UserError(f"{field}: a multiple of 16, got {getattr(self, field)}")
+        if self.split not in shapes.SPLITS:
+            raise UserError(f"split: one of {', '.join(shapes.SPLITS)}, got {self.split!r}")
+        if self.first_seed < 0:
+            raise UserError(f"first_seed: 0 or more, got {self.first_seed}")
+        if self.split not in shapes.SPLITS:
+            raise UserError(f"split: one of {', '.join(shapes.SPLITS)}, got {self.split!r}")
+        if self.first_seed < 0:
+            raise UserError(f"first_seed: 0 or more, got {self.first_seed}")
         if self.files > self.clips:
             raise UserError(f"files: at most one per clip ({self.clips}), got {self.files}")
 

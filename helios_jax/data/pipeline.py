@@ -165,7 +165,7 @@ class LatentFolder:
             values = json.loads(path.read_text(encoding="utf-8"))
             named = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name != "root"}
             folder = cls(root=root, **{k: tuple(v) if isinstance(v, list) else v for k, v in named.items()})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"data: {path} is damaged or describes other data ({type(error).__name__}: "
                             f"{error})") from None
         missing = [name for name in folder.files if not (root / name).is_file()]

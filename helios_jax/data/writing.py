@@ -37,6 +37,9 @@ def record_file(path: Path) -> Iterator[array_record_module.ArrayRecordWriter]:
     """A writer of an ArrayRecord file, which takes its name when the block ends without an exception.
 
     What a killed process left of the same file is removed. One record per group, for random access.
+
+    Raises:
+      OSError: the file cannot be written, for example because the disk is full.
     """
     for leftover in path.parent.glob(f".{path.name}.*"):
         leftover.unlink(missing_ok=True)
@@ -44,12 +47,27 @@ def record_file(path: Path) -> Iterator[array_record_module.ArrayRecordWriter]:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     try:
         yield writer
-    except BaseException:
         writer.close()
+    except BaseException as error:
+        with contextlib.suppress(RuntimeError):  # the same error once more
+            writer.close()
         temporary.unlink(missing_ok=True)
+        if type(error) is RuntimeError:  # what the writer raises; jax raises a kind of its own
+            raise OSError(str(error)) from error
         raise
-    writer.close()
     temporary.replace(path)
+
+
+def check_output(flag: str, path: str | Path) -> None:
+    """Asks whether a file can be written before the work for it is done.
+
+    Raises:
+      UserError: a folder has this name, or there is no place for it.
+    """
+    path = Path(path).absolute()
+    place = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{flag}: {path} cannot be written")
 
 
 def guard(path: Path, description: dict[str, Any]) -> None:
@@ -68,6 +86,8 @@ def guard(path: Path, description: dict[str, Any]) -> None:
         raise UserError(f"output: {path.parent} cannot be written ({error})") from None
     except ValueError as error:
         raise UserError(f"output: {path} is damaged ({error})") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"output: {path} is damaged (no object)")
     changed = [f"{key} (was {saved.get(key)!r}, now {value!r})" for key, value in description.items()
                if saved.get(key) != value]
     if changed:

@@ -23,6 +23,7 @@ import numpy as np
 
 from helios_jax.config import SchedulerConfig
 from helios_jax.diffusion.schedules import Schedule, make_schedule, shift_tokens, shifted_stage, stage_table
+from helios_jax.errors import UserError
 
 # Points that are no further apart than this are one step.
 _SAME_TIMESTEP = 1e-4
@@ -119,6 +120,9 @@ def trajectory_schedule(config: SchedulerConfig, steps: int, few_steps: int, *, 
       frames, height, width, stage, shift_from: as :func:`level_grid`.
     Returns: the schedule, whose network timesteps are truncated as in all sampling, and [N] indices of the steps that
       begin nearest to the student's points.
+
+    Raises:
+      UserError: so many points and steps that two of them share a sigma.
     """
     unshifted = dataclasses.replace(config, use_dynamic_shifting=False)
     teacher = make_schedule(_with_class(unshifted, "HeliosScheduler"), steps, tokens=0, stage=stage)
@@ -132,6 +136,9 @@ def trajectory_schedule(config: SchedulerConfig, steps: int, few_steps: int, *, 
     order = np.argsort(-timesteps)
     tokens = shift_tokens(config, stage, frames=frames, height=height, width=width, shift_from=shift_from)
     schedule = shifted_stage(config, stage, np.append(sigmas[order], 0.0), timesteps[order], tokens)
+    if not (np.diff(schedule.sigmas) < 0).all():
+        raise UserError(f"few_steps: {few_steps} points a level lie too close to the teacher's {steps} steps; fewer of "
+                        "either")
     wanted = level_grid(config, few_steps, frames=frames, height=height, width=width, stage=stage,
                         shift_from=shift_from).timesteps
     return schedule, np.abs(schedule.timesteps[None] - wanted[:, None]).argmin(axis=1)

@@ -86,6 +86,8 @@ def load_values(config: str, changes: list[str]) -> dict[str, Any]:
     path, _, argument = config.partition(":")
     if not Path(path).is_file():
         raise UserError(f"--config: no such file: {path}")
+    if not path.endswith(".py"):
+        raise UserError(f"--config: a Python file expected, got {path}")
     spec = importlib.util.spec_from_file_location("checked_config", path)
     module = importlib.util.module_from_spec(spec)
     try:

@@ -11,11 +11,13 @@ Rows are the prompts of the first model, then those of the second, and so on. FO
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
+from helios_jax.data.writing import check_output
 from helios_jax.errors import UserError, command_line
 from helios_jax.video import VideoWriter, to_uint8
 
@@ -68,15 +70,23 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("columns", "scale"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}: must be positive, got {getattr(arguments, name)}")
+    check_output("--output", output)
+    models = []
+    for text in arguments.model:
+        match = re.fullmatch(r"([^:]+)(?::(\d+(?:,\d+)*))?", text)
+        if not match:
+            raise UserError(f"--model: FOLDER or FOLDER:STEPS expected, got {text!r}")
+        models.append((match[1], tuple(map(int, match[2].split(","))) if match[2] else None))
 
     from helios_jax.pipeline.pipeline import HeliosPipeline
 
     videos = []
-    for model in arguments.model:
-        folder, _, steps = model.partition(":")
+    for folder, steps in models:
         pipeline = HeliosPipeline.from_pretrained(folder)
-        videos.extend(pipeline(arguments.prompt, num_frames=arguments.num_frames, seed=arguments.seed,
-                               steps=tuple(int(n) for n in steps.split(",")) if steps else None))
+        videos.extend(pipeline(arguments.prompt, num_frames=arguments.num_frames, seed=arguments.seed, steps=steps))
+        if videos[-1].shape != videos[0].shape:
+            raise UserError(f"--model: {folder} makes videos of {videos[-1].shape[:3]} (frames, height, width), the "
+                            f"first one of {videos[0].shape[:3]}")
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".png":
         contact_sheet(videos, arguments.columns, arguments.scale).save(output)

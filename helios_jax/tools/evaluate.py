@@ -15,7 +15,7 @@ import multiprocessing
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ import numpy as np
 
 from helios_jax.data import reader
 from helios_jax.data.shapes import Attributes
+from helios_jax.data.writing import check_output, write_bytes
 from helios_jax.errors import UserError, command_line
 
 LONG = 12 * reader.NATIVE_WINDOW
@@ -41,8 +42,18 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts: {path} cannot be read ({error})") from None
     needed = {"prompt", "attributes", "seed", "num_frames"}
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and needed <= set(e) for e in entries):
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) and needed <= set(e)
+                                                               for e in entries):
         raise UserError(f"--prompts: {path} must be a list of objects with {', '.join(sorted(needed))}")
+    for number, entry in enumerate(entries):
+        try:
+            Attributes(**entry["attributes"])
+        except (TypeError, UserError) as error:
+            raise UserError(f"--prompts: {path}: entry {number}: attributes: {error}") from None
+        for name, lowest in (("seed", 0), ("num_frames", 1)):
+            if type(entry[name]) is not int or entry[name] < lowest:
+                raise UserError(f"--prompts: {path}: entry {number} needs a whole {name} of at least {lowest}, got "
+                                f"{entry[name]!r}")
     return entries
 
 
@@ -82,21 +93,30 @@ def judge(settings: Settings, entries: Sequence[dict[str, Any]]) -> tuple[str, l
 
     pipeline = HeliosPipeline.from_pretrained(settings.model, dtype=settings.dtype, vae_dtype="float32",
                                               precision=settings.precision)
-    judged: list[Judged] = []
+    judged: dict[int, Judged] = {}
     start = time.monotonic()
-    for first in range(0, len(entries), settings.batch):
-        group = entries[first : first + settings.batch]
+    for group, num_frames in _groups(settings, entries):
         # A short last group is filled up, so that one program serves all.
-        filled = [*group, *[group[-1]] * (settings.batch - len(group))]
+        filled = [entries[i] for i in [*group, *[group[-1]] * (settings.batch - len(group))]]
         videos = pipeline([e["prompt"] for e in filled], seed=[e["seed"] + settings.seed_offset for e in filled],
-                          num_frames=settings.num_frames or group[0]["num_frames"], steps=settings.steps,
-                          guidance_scale=settings.guidance, keep_first_frame=settings.keep_first_frame)
-        for entry, video in zip(group, videos, strict=False):
+                          num_frames=num_frames, steps=settings.steps, guidance_scale=settings.guidance,
+                          keep_first_frame=settings.keep_first_frame)
+        for i, video in zip(group, videos, strict=False):
             is_long = len(video) >= LONG
-            kept = reader.read_long(video).kept(Attributes(**entry["attributes"]), KEPT) if is_long else None
-            judged.append(Judged(reader.read(video), kept, plain_numbers(video)))
+            kept = reader.read_long(video).kept(Attributes(**entries[i]["attributes"]), KEPT) if is_long else None
+            judged[i] = Judged(reader.read(video), kept, plain_numbers(video))
         print(f"{len(judged)}/{len(entries)} in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return pipeline.index.variant, judged
+    return pipeline.index.variant, [judged[i] for i in range(len(entries))]
+
+
+def _groups(settings: Settings, entries: Sequence[dict[str, Any]]) -> Iterator[tuple[list[int], int]]:
+    """Which entries are sampled together, and their length, which they share."""
+    by_length: dict[int, list[int]] = {}
+    for i, entry in enumerate(entries):
+        by_length.setdefault(settings.num_frames or entry["num_frames"], []).append(i)
+    for num_frames, indices in by_length.items():
+        for first in range(0, len(indices), settings.batch):
+            yield indices[first : first + settings.batch], num_frames
 
 
 def judge_in_processes(settings: Settings, entries: Sequence[dict[str, Any]], processes: int
@@ -132,14 +152,19 @@ def main(argv: list[str] | None = None) -> int:
                    "encoder (default: float32)")
     p.add_argument("--json", metavar="FILE", help="where to write the numbers, with what was read of every video")
     arguments = p.parse_args(argv)
-    for name in ("batch", "processes"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name}: must be positive, got {getattr(arguments, name)}")
+    for name in ("batch", "processes", "limit", "num_frames"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name}: must be positive, got {value}")
     entries = read_prompts(arguments.prompts)[: arguments.limit]
+    try:
+        steps = tuple(int(n) for n in arguments.steps.split(",")) if arguments.steps else None
+    except ValueError:
+        raise UserError(f"--steps: whole numbers with commas between them expected, got {arguments.steps!r}") from None
+    if arguments.json:
+        check_output("--json", arguments.json)
 
     import jax
 
-    steps = tuple(int(n) for n in arguments.steps.split(",")) if arguments.steps else None
     settings = Settings(arguments.model, arguments.batch, steps, arguments.guidance, arguments.num_frames,
                         arguments.seed_offset, arguments.precision, not arguments.no_first_frame, arguments.dtype)
     start = time.monotonic()
@@ -167,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         report["each"] = [{"prompt": entry["prompt"], "right": j.reading.matches(e), "kept": j.kept, **j.numbers}
                           for entry, e, j in zip(entries, expected, judged, strict=True)]
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+        path = Path(arguments.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, (json.dumps(report, indent=1) + "\n").encode())
     return 0
 
 

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -72,6 +73,8 @@ class PairsConfig:
         for field in ("sections", "steps", "few_steps", "prompts_per_file", "batch"):
             checked_count(field, getattr(self, field))
         checked_seeds(self.seed, 1)
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise UserError(f"guidance: a finite number of at least 0, got {self.guidance}")
         if self.shift_from not in SHIFT_FROM:
             raise UserError(f"shift_from: one of {', '.join(SHIFT_FROM)}, got {self.shift_from!r}")
         if self.prompts_per_file % self.batch:
@@ -166,7 +169,7 @@ def read_prompts(path: str | Path) -> list[str]:
         source = LatentFolder.open(path).source()
         return [decode_record(source[i]).captions[0] for i in range(len(source))]
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"prompts: {path} cannot be read ({error})") from None
     if not any(prompts):
@@ -200,7 +203,11 @@ def write_pairs(prompts: Sequence[str], config: PairsConfig, output: str | Path,
     names = [f"pairs-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
     # A note is written after its file: where it exists the file is complete.
     notes = [(output / name).with_suffix(".json") for name in names]
-    mine = [i for i in range(worker, count, workers) if not notes[i].is_file()]
+
+    def missing(i: int) -> bool:
+        return not (notes[i].is_file() and (output / names[i]).is_file())
+
+    mine = [i for i in range(worker, count, workers) if missing(i)]
     start = time.perf_counter()
     for done, i in enumerate(mine, 1):
         indices = range(i * size, min((i + 1) * size, len(prompts)))
@@ -218,7 +225,7 @@ def write_pairs(prompts: Sequence[str], config: PairsConfig, output: str | Path,
         seconds = (time.perf_counter() - start) / done
         report(f"{names[i]}: file {done} of {len(mine)}, {seconds / size:.2f} s/prompt, "
                f"{seconds * (len(mine) - done):.0f} s left")
-    if not all(note.is_file() for note in notes):
+    if any(missing(i) for i in range(count)):
         report("done here; other workers have files to write")
         return False
     height, width, channels = sampler.shape

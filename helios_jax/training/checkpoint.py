@@ -23,7 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from helios_jax.errors import UserError
-from helios_jax.training.config import HARMLESS_ON_RESUME, RunConfig
+from helios_jax.training.config import HARMLESS_ON_RESUME, RunConfig, require
 
 PyTree = Any
 
@@ -41,6 +41,8 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True,
             enable_async_checkpointing=True)
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise UserError(f"workdir: {folder} is a file, the folder of the checkpoints expected")
         try:
             self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
         except OSError as error:
@@ -142,12 +144,14 @@ def _schedules(values: dict[str, Any]) -> set[str]:
     return found.union(*(_schedules(value) for value in values.values() if isinstance(value, dict)))
 
 
-def guard_config(workdir: str | Path, config: RunConfig) -> None:
-    """Writes ``config.json`` at the first start; later refuses to continue the run with other settings.
+def check_config(workdir: str | Path, config: RunConfig) -> dict[str, Any]:
+    """Refuses to continue a run with other settings than those of its ``config.json``, where there is one.
 
     Fields that only concern logging, saving and looking may change (the objective's own are named in its class, as
     ``HARMLESS_ON_RESUME``), and so may ``num_steps`` where all learning rates are constant (a cosine's earlier steps
     would have been different ones).
+
+    Returns: the settings as JSON has them.
 
     Raises:
       UserError: naming every changed key with both values.
@@ -157,14 +161,21 @@ def guard_config(workdir: str | Path, config: RunConfig) -> None:
     if path.exists():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
+        require(isinstance(saved, dict), f"{path}: the configuration of a run expected")
         free = set(HARMLESS_ON_RESUME) | ({"num_steps"} if _schedules(current) == {"constant"} else set())
         free |= {f"objective.{name}" for name in getattr(config.objective, "HARMLESS_ON_RESUME", ())}
         changed = _differences(saved, current, free)
         if changed:
             raise UserError(f"{workdir} holds a run with another configuration: {'; '.join(changed)}; use another "
                             "--workdir or the old values")
+    return current
+
+
+def guard_config(workdir: str | Path, config: RunConfig) -> None:
+    """:func:`check_config`, and writes ``config.json``; called when everything in it is known to be usable."""
+    current, path = check_config(workdir, config), Path(workdir) / "config.json"
     if jax.process_index() != 0:
         return
     temporary = path.with_suffix(".tmp")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -115,6 +116,7 @@ class RunConfig:
             require(getattr(self, field) > 0, f"{field}: must be positive, got {getattr(self, field)}")
         for field in ("seed", "keep_every", "sample_every", "ema_start_step"):
             require(getattr(self, field) >= 0, f"{field}: must be 0 or more, got {getattr(self, field)}")
+        require(self.seed < 2**32, f"seed: below 2^32, got {self.seed}")
         require(0 <= self.ema_decay < 1, f"ema_decay: in [0, 1), got {self.ema_decay}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,6 +151,8 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
         return tuple(_convert(kind, v, f"{key}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    require(annotation is not float or not isinstance(value, float) or math.isfinite(value),
+            f"{key}: a finite number expected, got {value!r}")
     # bool is a subclass of int: `batch_size = True` must not pass.
     if not isinstance(value, annotation) or (annotation is not bool and isinstance(value, bool)):
         raise UserError(f"{key}: {_describe(annotation)} expected, got {value!r}")

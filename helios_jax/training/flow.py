@@ -86,6 +86,7 @@ class SampleConfig:
     def __post_init__(self):
         require(self.reader_prompts >= 0,
                 f"objective.sample.reader_prompts: must be 0 or more, got {self.reader_prompts}")
+        require(self.guidance >= 0, f"objective.sample.guidance: must be 0 or more, got {self.guidance}")
         for field in ("num_frames", "steps", "reader_frames"):
             require(getattr(self, field) > 0, f"objective.sample.{field}: must be positive, got {getattr(self, field)}")
 
@@ -529,8 +530,11 @@ def start_values(init_from: str, field: str, lora: LoraConfig, weights: TrainedW
         stored = read_component_config(folder, "transformer")
         require(sizes.restrict_self_attn or not stored.restrict_self_attn, "objective.transformer.restrict_self_attn: "
                 f"{init_from} was trained with it, got False")
-        require(dataclasses.replace(stored, restrict_self_attn=sizes.restrict_self_attn) == sizes,
-                f"{field}: {init_from} holds a transformer of other sizes or options than objective.transformer")
+        stored = dataclasses.replace(stored, restrict_self_attn=sizes.restrict_self_attn)
+        other = ", ".join(f"{key} is {value!r} there, got {wanted!r}" for (key, value), wanted in zip(
+            dataclasses.asdict(stored).items(), dataclasses.asdict(sizes).values(), strict=True) if value != wanted)
+        require(not other, f"{field}: {init_from} holds a transformer of other sizes or options than "
+                f"objective.transformer: {other}")
     require(stored_precision(folder) == "none",
             f"{field}: {init_from} is quantised ({stored_precision(folder)}); train from the original model")
     dtype = jnp.dtype(lora.base_dtype if lora.rank else "float32")

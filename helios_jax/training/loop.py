@@ -22,7 +22,7 @@ import numpy as np
 
 from helios_jax import distributed, sharding
 from helios_jax.errors import UserError
-from helios_jax.training.checkpoint import Checkpointer, guard_config
+from helios_jax.training.checkpoint import Checkpointer, check_config, guard_config
 from helios_jax.training.config import RunConfig
 from helios_jax.training.metrics import Writers, duration
 from helios_jax.training.program import Program, TrainState, metric_name
@@ -114,13 +114,14 @@ def _train(run: RunConfig, workdir: str | Path, print_line: Callable[[str], None
     is_first = jax.process_index() == 0
     if not is_first:
         print_line = _silent
-    try:
+    check_config(workdir, run)
+    program = Program.build(run)
+    objective = program.objective
+    try:  # only now: a start that fails must not tie the folder to its settings
         workdir.mkdir(parents=True, exist_ok=True)
         guard_config(workdir, run)
     except OSError as error:
         raise UserError(f"workdir: {workdir} cannot be written ({error})") from None
-    program = Program.build(run)
-    objective = program.objective
 
     checkpointer = Checkpointer(workdir / "checkpoints", run.keep_last, run.keep_every)
     iterator = iter(objective.dataset)

@@ -144,6 +144,7 @@ class Config(FlowConfig):
         require(bool(self.teacher), "objective.teacher: required, the model folder of the Base model")
         require(self.timesteps == "uniform", f"objective.timesteps: the critic's are 'uniform', got {self.timesteps!r}")
         require(self.student_every > 0, f"objective.student_every: must be positive, got {self.student_every}")
+        require(self.guidance >= 0, f"objective.guidance: must be 0 or more, got {self.guidance}")
         require(self.sample.guidance <= 1, "objective.sample.guidance: 1, as the student is not guided; "
                 f"got {self.sample.guidance}")
         require(not self.negative_prompt or bool(self.model),
