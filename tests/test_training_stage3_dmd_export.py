@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +117,33 @@ def test_a_teacher_of_another_kind_is_refused(built, tmp_path):
             built.folders[variant])))
         with pytest.raises(UserError, match=f"objective.teacher: a Base model expected, .* is {variant}$"):
             build(run)
+
+
+@pytest.mark.parametrize(("file", "change", "message"), [
+    ("vae/config.json", {"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8},
+     "objective.model: the VAE of .* makes latents of 8 channels, the transformer takes 16"),
+    ("text_encoder/config.json", {"d_model": 32},
+     "objective.model: the text encoder of .* makes rows of width 32, the transformer takes 24"),
+    ("tokenizer", None, "objective.model: .* has no tokenizer/")])
+def test_a_model_folder_that_would_fail_at_the_first_sample_is_refused_at_the_start(built, file, change, message,
+                                                                                    tmp_path):
+    shutil.copytree(built.folders["base"], tmp_path / "model")
+    path = tmp_path / "model" / file
+    if change is None:
+        shutil.rmtree(path)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    run = dataclasses.replace(built.run, objective=dataclasses.replace(built.run.objective, negative_prompt="",
+                                                                       model=str(tmp_path / "model")))
+    with pytest.raises(UserError, match=message):
+        build(run)
+
+
+def test_a_student_or_teacher_that_cannot_be_read_is_named_by_its_field(built):
+    run = dataclasses.replace(built.run, objective=dataclasses.replace(built.run.objective, teacher="nowhere"))
+    objective = build(run)
+    with pytest.raises(UserError, match="^objective.teacher: nowhere/transformer: no such folder"):
+        objective.base.load(None)
 
 
 def test_the_critics_settings_are_named_as_its_own(built):

@@ -33,6 +33,7 @@ from helios_jax.convert.rules import abstract_params
 from helios_jax.data.buckets import bucketed_dataset, folder_buckets, latent_folders, most_frequent
 from helios_jax.data.pipeline import LatentFolder, MakeItem, latent_items
 from helios_jax.diffusion.history import HistoryLayout
+from helios_jax.errors import UserError
 from helios_jax.models.transformer import HeliosTransformer, TextRows
 from helios_jax.training.config import RunConfig, require
 from helios_jax.training.corruption import CorruptionConfig, CorruptionRandomness, corrupt
@@ -540,7 +541,10 @@ def start_values(init_from: str, field: str, lora: LoraConfig, weights: TrainedW
     dtype = jnp.dtype(lora.base_dtype if lora.rank else "float32")
 
     def load(sharding: Any = None, only: Callable[[tuple[str, ...]], bool] | None = None) -> PyTree:
-        return load_component(folder, "transformer", sizes, dtype, sharding, only=only)
+        try:
+            return load_component(folder, "transformer", sizes, dtype, sharding, only=only)
+        except UserError as error:
+            raise UserError(f"{field}: {error}") from None
 
     if not isinstance(weights, LoraTraining):
         return None, lambda abstract: load(shardings_of(abstract))

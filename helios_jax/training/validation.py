@@ -21,6 +21,7 @@ from helios_jax.convert.rules import param_dtype
 from helios_jax.data import reader, shapes
 from helios_jax.pipeline.pipeline import HeliosPipeline
 from helios_jax.pipeline.placement import Placement
+from helios_jax.training.config import require
 from helios_jax.training.weights import TrainedWeights
 
 PyTree = Any
@@ -43,13 +44,20 @@ def model_folder(model: str | Path, transformer: TransformerConfig, index: Model
       scheduler: what the model is sampled with.
 
     Raises:
-      UserError: a configuration is missing or not supported.
+      UserError: a configuration is missing or not supported, VAE or text encoder are not made for the transformer, or
+        there is no tokenizer.
     """
     root = Path(model)
-    return ModelFolder(
+    folder = ModelFolder(
         root=root, format="diffusers", index=index, transformer=transformer,
         vae=read_component_config(root / "vae", "vae"),
         text_encoder=read_component_config(root / "text_encoder", "text_encoder"), scheduler=scheduler)
+    require(folder.vae.z_dim == transformer.in_channels, f"objective.model: the VAE of {root} makes latents of "
+            f"{folder.vae.z_dim} channels, the transformer takes {transformer.in_channels}")
+    require(folder.text_encoder.d_model == transformer.text_dim, f"objective.model: the text encoder of {root} makes "
+            f"rows of width {folder.text_encoder.d_model}, the transformer takes {transformer.text_dim}")
+    require((root / "tokenizer").is_dir(), f"objective.model: {root} has no tokenizer/")
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)
