@@ -65,6 +65,7 @@ def test_what_is_compiled_beside_the_reading_of_weights_is_all_that_a_run_needs(
     assert [compiled(program) for program in PROGRAMS] == [3, 1, 1, 0]
 
 
+@pytest.mark.slow
 def test_where_the_host_follows_loops_an_amplified_first_chunk_has_programs_of_its_own(folder, monkeypatch):
     want = frames_of_run(HeliosPipeline.from_pretrained(folder))
     monkeypatch.setattr(sampler, "COUNTED_LOOPS", ("cpu",))

@@ -25,7 +25,7 @@ def found_by_the_worker(folder: Path, variant: str):
     return json.loads((folder / f"{variant}.json").read_text())
 
 
-@pytest.mark.parametrize("variant", ["base", "mid"])
+@pytest.mark.parametrize("variant", ["base", pytest.param("mid", marks=pytest.mark.slow)])
 def test_a_video_on_eight_devices_is_the_one_of_a_single_device(variant, tmp_path):
     """Two chunks with guidance: the second one sees history and anchor of the first."""
     found = found_by_the_worker(tmp_path, variant)

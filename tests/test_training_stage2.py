@@ -224,6 +224,7 @@ def test_level_weights_weigh_the_errors_of_their_level():
     np.testing.assert_allclose(weighted[0], expected, rtol=1e-6)  # one, two and one noisy versions
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_finite_at_every_level_and_reach_every_parameter():
     config = config_of(dtype="bfloat16", sample_ratios=(1, 1, 1))
     model, params = model_and_params("bfloat16")
