@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-import resource
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import training_toy_config
 
 from helios_jax.data.buckets import bucketed_dataset, folder_buckets
 from helios_jax.data.random_latents import write_random_latents
-from helios_jax.data.writing import record_file
 from helios_jax.errors import UserError
 from helios_jax.training.config import run_config
 from helios_jax.training.loop import train
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def toy_run(**changes):
@@ -107,17 +108,27 @@ def test_numbers_that_cannot_be_meant_are_refused(change, message):
         toy_run(**change)
 
 
-@pytest.mark.parametrize("full_at", [0, 100_000])
-def test_a_full_disk_leaves_no_part_of_a_record_file(full_at, tmp_path):
-    """The limit on a file's size stands for the disk; the signal that comes with it is ignored by Python."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (full_at, hard))
-    try:
-        with pytest.raises(OSError, match="."), record_file(tmp_path / "a.array_record") as writer:
-            for _ in range(64):
-                writer.write(np.random.default_rng(0).bytes(100_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from helios_jax.data.writing import record_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    with record_file(Path(sys.argv[1])) as writer:
+        for _ in range(64):
+            writer.write(np.random.default_rng(0).bytes(100_000))
+except OSError:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("full_at", ["0", "100000"])
+def test_a_full_disk_is_an_os_error_and_leaves_no_part_of_a_record_file(full_at, tmp_path):
+    """A limit on the size of files stands for the disk, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "a.array_record"), full_at], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -66,10 +66,6 @@ class BuildConfig:
             raise UserError(f"split: one of {', '.join(shapes.SPLITS)}, got {self.split!r}")
         if self.first_seed < 0:
             raise UserError(f"first_seed: 0 or more, got {self.first_seed}")
-        if self.split not in shapes.SPLITS:
-            raise UserError(f"split: one of {', '.join(shapes.SPLITS)}, got {self.split!r}")
-        if self.first_seed < 0:
-            raise UserError(f"first_seed: 0 or more, got {self.first_seed}")
         if self.files > self.clips:
             raise UserError(f"files: at most one per clip ({self.clips}), got {self.files}")
 
@@ -117,10 +113,13 @@ def build(config: BuildConfig, output: str | Path, encode_video: EncodeVideo, en
     mine = [i for i in range(worker, config.files, workers) if not (output / names[i]).is_file()]
     total, done, start = sum(bounds[i + 1] - bounds[i] for i in mine), 0, time.perf_counter()
     for i in mine:
-        with record_file(output / names[i]) as writer:
-            for record in range(bounds[i], bounds[i + 1]):
-                writer.write(_record(config, record, captions[record], rows, encode_video, sections_per_call))
-                done += 1
+        try:
+            with record_file(output / names[i]) as writer:
+                for record in range(bounds[i], bounds[i + 1]):
+                    writer.write(_record(config, record, captions[record], rows, encode_video, sections_per_call))
+                    done += 1
+        except OSError as error:
+            raise UserError(f"output: {output / names[i]} cannot be written ({error})") from None
         seconds = time.perf_counter() - start
         report(f"{names[i]}: {done} of {total} clips, {done * config.sections * SECTION_FRAMES / seconds:.0f} frames/s,"
                f" {seconds / done * (total - done):.0f} s left")

@@ -24,7 +24,7 @@ import numpy as np
 
 from helios_jax.data import reader
 from helios_jax.data.shapes import Attributes
-from helios_jax.data.writing import check_output, write_bytes
+from helios_jax.data.writing import check_output, write_json
 from helios_jax.errors import UserError, command_line
 
 LONG = 12 * reader.NATIVE_WINDOW
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
                           for entry, e, j in zip(entries, expected, judged, strict=True)]
         path = Path(arguments.json)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, (json.dumps(report, indent=1) + "\n").encode())
+        write_json(path, report)
     return 0
 
 

@@ -201,7 +201,7 @@ def write_pairs(prompts: Sequence[str], config: PairsConfig, output: str | Path,
     guard(output / "build.json", {**dataclasses.asdict(config), "prompts": digest, "identity": identity})
     count = -(-len(prompts) // size)
     names = [f"pairs-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
-    # A note is written after its file: where it exists the file is complete.
+    # A note is written after its file: where both are there the file is complete.
     notes = [(output / name).with_suffix(".json") for name in names]
 
     def missing(i: int) -> bool:

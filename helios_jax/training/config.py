@@ -151,8 +151,8 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
         return tuple(_convert(kind, v, f"{key}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    require(annotation is not float or not isinstance(value, float) or math.isfinite(value),
-            f"{key}: a finite number expected, got {value!r}")
+    if annotation is float and isinstance(value, float):
+        require(math.isfinite(value), f"{key}: a finite number expected, got {value!r}")
     # bool is a subclass of int: `batch_size = True` must not pass.
     if not isinstance(value, annotation) or (annotation is not bool and isinstance(value, bool)):
         raise UserError(f"{key}: {_describe(annotation)} expected, got {value!r}")
